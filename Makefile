@@ -1,0 +1,50 @@
+# make site · make test · make figures · make bench: each sets up all that it needs, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PYTHONHASHSEED := 0
+
+.PHONY: site serve test proofs figures bench lock lint clean
+
+site: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html is ready: open it in a browser"
+
+serve: $(READY)
+	$(BIN)/mkdocs serve
+
+# .ci/browser.sh says where a Chromium is, or that the tests in a browser are left out and why.
+test: $(READY) lint
+	@$(BIN)/python .ci/browser.py
+	$(BIN)/vitx check
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+
+# The numbers on the method pages: the suite once more, writing what it measured.
+proofs: $(READY)
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --write-proofs
+
+figures: $(READY)
+	$(BIN)/python -c "from vitx import execute; print(*execute.figures().values(), sep='\n')"
+
+bench: $(READY)
+	$(BIN)/vitx bench
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+# Python before 3.11 lacks what the code needs; the sentence is better than the traceback.
+$(READY): pyproject.toml .ci/lock.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitx needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint .ci/lock.txt --editable ".[photo,site,test]"
+	touch $(READY)
+
+# Every version that the two commands install, from this environment.
+lock: $(READY)
+	$(BIN)/python -m pip freeze --exclude-editable --exclude vitx > .ci/lock.txt
+
+clean:
+	rm -rf site .cache

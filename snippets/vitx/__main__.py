@@ -1,0 +1,3 @@
+from vitx.cli import main
+
+main()

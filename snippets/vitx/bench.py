@@ -1,0 +1,105 @@
+"""Measure heat-map methods on glyph scenes, whose evidence is known, and write the numbers with their provenance."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from vitx import ATLAS, catalog, glyphs, load, metrics, models
+from vitx.plot import heatmap
+
+SEED = 20_311  # scenes of the benchmark; no training script uses it
+RESULT = ATLAS / "catalog" / "results" / "glyph.json"
+
+
+def heat_map_methods() -> list[str]:
+    """Ids, in catalogue order, of the methods with a snippet whose result has a heat map on the glyph world."""
+    entries = catalog.load().methods.values()
+    return [entry.id for entry in entries if entry.snippet and entry.model.endswith("glyph")]
+
+
+def glyph_truth(ids: list[str], scenes: int = 128, batch: int = 16) -> dict[str, Any]:
+    """Score methods on scenes of one creature and on scenes of two, where the first one is asked for.
+
+    Args:
+        ids: catalogue ids. scenes: of each kind. batch: pictures explained at once.
+
+    Returns:
+        {"provenance": ..., "rows": [...]}, a row for each method and for the floor ("random": normal noise) and the
+        ceiling ("object-mask": the truth itself):
+        mass_inside: share of positive relevance inside the creature; pointing_game: how often the most relevant patch
+        hits it; mass_on_target: of the positive relevance on the two creatures, the share on the one asked for.
+    """
+    one, two = glyphs.scenes(scenes, SEED), glyphs.scenes(scenes, SEED + 1, creatures=2)
+    rows = []
+    with Progress(transient=True) as progress:
+        names = [*ids, "random", "object-mask"]
+        task = progress.add_task("glyph ground truth", total=len(names))
+        for name in names:
+            progress.update(task, description=f"glyph ground truth: {name}")
+            started = time.perf_counter()
+            single, double = maps(name, one, batch), maps(name, two, batch)
+            grid = single.shape[-2], single.shape[-1]
+            inside = glyphs.patch_fraction(one.object_masks[:, 0], grid)
+            target, other = glyphs.patch_fraction(two.object_masks, grid).unbind(1)
+            on_target, on_other = metrics.mass_inside(double, target), metrics.mass_inside(double, other)
+            on_either = on_target + on_other
+            share = (on_target / on_either.clamp(min=1e-12))[on_either > 0]
+            row = {
+                "method": name,
+                "scenes": scenes,
+                "mass_inside": metrics.mass_inside(single, inside).mean().item(),
+                "pointing_game": metrics.pointing_game(single, inside).mean().item(),
+                "mass_on_target": share.mean().item() if len(share) else None,
+                "seconds": time.perf_counter() - started,
+            }
+            rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+            progress.advance(task)
+    return {"provenance": provenance(seed=SEED, scenes=scenes), "rows": rows}
+
+
+def maps(name: str, scenes: glyphs.Scenes, batch: int) -> Tensor:
+    """Heat maps (B, gh, gw) of one method for the first creature of every scene."""
+    target = scenes.labels[:, 0]
+    if name == "random":
+        return torch.randn(len(target), 14, 14, generator=torch.Generator().manual_seed(SEED))
+    if name == "object-mask":
+        return glyphs.patch_fraction(scenes.object_masks[:, 0], (14, 14))
+    entry = catalog.get(catalog.load(), name)
+    explain, loaded = load(name), models.load(entry.model)
+    images = glyphs.normalise(scenes.images)
+    parts = zip(images.split(batch), target.split(batch), strict=True)
+    return torch.cat([heatmap(explain(loaded.model, x, goal)) for x, goal in parts])
+
+
+def provenance(**settings: Any) -> dict[str, Any]:
+    """What a reader needs to repeat a measurement: versions, commit, model hashes, machine, settings."""
+    git = subprocess.run(["git", "-C", str(ATLAS), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    weights = sorted((ATLAS / "snippets" / "models").glob("*.safetensors"))
+    return {
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git.stdout.strip() or "unknown",
+        "versions": {name: version(name) for name in ("vitx", "torch", "timm", "numpy")},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "models": {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in weights},
+        "settings": settings,
+    }
+
+
+def write(result: dict[str, Any], path: Path = RESULT) -> None:
+    """Write a result file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(json.dumps(result, indent=2) + "\n")
+    beside.replace(path)

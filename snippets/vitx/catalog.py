@@ -1,0 +1,728 @@
+"""Load the catalogue, check it, ask it.
+
+``load`` reads catalog/ alone and raises ``CatalogError`` with every problem of every file, one line each:
+``catalog/methods/attention/x.yml:5: year: ...``. ``check`` adds what concerns the rest of the repository (snippets
+exist and define ``explain``, no file is orphaned, nothing is left to do) and returns the lines. Neither imports torch.
+"""
+
+import ast
+import difflib
+import functools
+import pkgutil
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ValidationError
+from yaml.events import (
+    AliasEvent,
+    CollectionStartEvent,
+    DocumentStartEvent,
+    Event,
+    MappingEndEvent,
+    MappingStartEvent,
+    NodeEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+)
+
+from vitx import ATLAS
+from vitx.schema import KINDS, Catalog, Code, Method, ModelCard, Motivation, Paper, Subfamily, Taxonomy
+
+BUNDLED_MODELS = ("glyph", "photo", "concept-glyph", "two-tower-glyph")
+# What `vitx new` leaves in its skeletons; `check` reports every line that holds it.
+TODO = "TODO(new):"
+
+TAXONOMY = "catalog/taxonomy.yml"
+MAX_BYTES = 1_000_000
+MAX_FAULTS = 100  # told of one file
+MAX_DEPTH = 10  # entries need 3
+
+Location = tuple[str | int, ...]  # ("paper", "authors", 0)
+
+
+class Problem(NamedTuple):
+    """One fault, in sorting order."""
+
+    file: str  # relative to the repository root
+    line: int  # from 1
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {' '.join(self.text.split())[:600]}"
+
+
+class CatalogError(ValueError):
+    """The catalogue has faults; ``problems`` holds one line for each."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = [str(problem) for problem in sorted(problems)]
+        super().__init__("\n".join(self.problems))
+
+
+class UnknownId(ValueError):
+    """No entry has this id; the message names the nearest."""
+
+
+class NoSnippet(ValueError):
+    """The entry exists but nothing computes it; the message says why."""
+
+
+# ---------------------------------------------------------------------------------------------------------- YAML
+
+
+class Document(NamedTuple):
+    """One parsed file."""
+
+    data: dict[str, Any]
+    lines: dict[Location, int]  # line of each key and of each list item, from 1
+
+
+# Only its parser is used: the events become plain values below, and no constructor ever runs. libyaml if there is one.
+_Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+# Whatever is no text in a text file, and what makes text look like something else on screen: control characters,
+# line breaks that only YAML 1.1 knows, byte order marks, marks that reverse the reading direction.
+_ODD_CHARACTER = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\uffff]"
+)
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,30})?([eE][-+]?[0-9]{1,3})?")
+_CONSTANTS = {"null": None, "true": True, "false": False}
+_BOOLEAN_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false"}
+
+
+def _is_yaml_1_1_trap(text: str) -> bool:
+    """Would a YAML 1.1 reader take this plain scalar for something else than text (date, octal, 1:30, no)?"""
+    if text.lower() in _BOOLEAN_WORDS or text == "":
+        return True
+    resolvers = yaml.SafeLoader.yaml_implicit_resolvers.get(text[0], ())
+    return any(pattern.match(text) for _tag, pattern in resolvers)
+
+
+def _plain_value(text: str) -> Any:
+    """Value of an unquoted scalar. ValueError where YAML 1.1 and YAML 1.2 disagree about it."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _NUMBER.fullmatch(text):
+        return float(text)
+    if text == "" or text == "~" or text.lower() == "null":
+        raise ValueError("write null for an unknown value")
+    if text.lower() in ("true", "false"):
+        raise ValueError(f"write {text.lower()}, or quote it if it is text")
+    if text.lower() in _BOOLEAN_WORDS:
+        raise ValueError(f'unquoted {text} is a truth value to some readers; write true or false, or "{text}"')
+    if _is_yaml_1_1_trap(text):
+        raise ValueError(
+            f'unquoted {text} is a number, a date or a merge to some readers; write "{text}" if it is text'
+        )
+    return text
+
+
+class _Refused(Exception):
+    """Stops reading a file: (line, text)."""
+
+
+def parse(text: str) -> tuple[Document, list[tuple[int, Location, str]]]:
+    """Parse the YAML of one entry, strictly.
+
+    Refused, each with its line: duplicate keys, keys that are not text, anchors, aliases, merge keys, tags, a second
+    document, unquoted scalars on which YAML 1.1 and 1.2 disagree, odd characters, deep nesting, anything but a mapping
+    at the top. No value is ever constructed from a tag.
+
+    Returns the document and the faults (line, location, text) that do not prevent reading on.
+    """
+    lines: dict[Location, int] = {}
+    faults: list[tuple[int, Location, str]] = []
+    events = _events(text)
+
+    def build(event: Event, here: Location) -> Any:
+        line = _line(event)
+        if isinstance(event, AliasEvent):
+            raise _Refused(line, f"alias *{event.anchor} is not allowed; write the value out")
+        assert isinstance(event, (ScalarEvent, CollectionStartEvent))
+        if event.anchor is not None:
+            raise _Refused(line, f"anchor &{event.anchor} is not allowed; write the value out")
+        if event.tag is not None:
+            raise _Refused(line, f"tag {event.tag} is not allowed")
+        if isinstance(event, ScalarEvent):
+            value, fault = _scalar(event)
+            if fault is not None:
+                faults.append((line, here, fault))
+            return value
+        if len(here) == MAX_DEPTH:
+            raise _Refused(line, f"nested more than {MAX_DEPTH} levels deep")
+        if isinstance(event, SequenceStartEvent):
+            items: list[Any] = []
+            while not isinstance(event := next(events), SequenceEndEvent):
+                place = (*here, len(items))
+                lines[place] = _line(event)
+                items.append(build(event, place))
+            return items
+        mapping: dict[str, Any] = {}
+        while not isinstance(event := next(events), MappingEndEvent):
+            place = (*here, key := _key(event))
+            if key in mapping:
+                faults.append((_line(event), place, f"given twice, first in line {lines[place]}"))
+            else:
+                lines[place] = _line(event)
+            mapping[key] = build(next(events), place)
+        return mapping
+
+    data = None
+    for event in events:
+        if isinstance(event, DocumentStartEvent) and data is not None:
+            raise _Refused(_line(event), "a second document starts here; one file holds one entry")
+        if isinstance(event, NodeEvent):
+            if not isinstance(event, MappingStartEvent):
+                raise _Refused(_line(event), "the file must hold one mapping (key: value lines)")
+            data = build(event, ())
+    if data is None:
+        raise _Refused(1, "the file is empty")
+    return Document(data, lines), faults
+
+
+def _line(event: Event) -> int:
+    return event.start_mark.line + 1
+
+
+def _events(text: str) -> Iterator[Event]:
+    try:
+        yield from yaml.parse(text, Loader=_Parser)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        raise _Refused(mark.line + 1 if mark else 1, f"not valid YAML: {said}") from None
+    except yaml.YAMLError as error:
+        raise _Refused(1, f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _key(event: Event) -> str:
+    line = _line(event)
+    if not isinstance(event, ScalarEvent) or event.anchor is not None or event.tag is not None:
+        raise _Refused(line, "a key must be plain text")
+    key = event.value
+    if event.implicit[0]:
+        if key == "<<":
+            raise _Refused(line, "merge key << is not allowed; write the values out")
+        if key in _CONSTANTS or _is_yaml_1_1_trap(key):
+            raise _Refused(line, f"key {key or 'without a name'} must be text; quote it")
+    if _ODD_CHARACTER.search(key):
+        raise _Refused(line, "a key holds a control character")
+    return key
+
+
+def _scalar(event: ScalarEvent) -> tuple[Any, str | None]:
+    """(value, what is wrong with it)."""
+    text = event.value
+    odd = _ODD_CHARACTER.search(text)
+    if odd:
+        return text, f"holds the character U+{ord(odd[0]):04X}, which no reader would see"
+    if not event.implicit[0]:  # quoted or a block
+        return text, None
+    try:
+        return _plain_value(text), None
+    except ValueError as error:
+        return text, str(error)
+
+
+def _read(path: Path, file: str, problems: list[Problem]) -> tuple[Document | None, set[Location]]:
+    """Parse one file; append its faults to ``problems``. Returns the document and the locations already faulted."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        problems.append(Problem(file, 1, f"cannot be read: {error.strerror or error}"))
+        return None, set()
+    if len(raw) > MAX_BYTES:
+        problems.append(Problem(file, 1, f"larger than {MAX_BYTES:,} bytes"))
+        return None, set()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        problems.append(Problem(file, raw.count(b"\n", 0, error.start) + 1, "not UTF-8 text"))
+        return None, set()
+    odd = _ODD_CHARACTER.search(text)
+    if odd:
+        line = text.count("\n", 0, odd.start()) + 1
+        problems.append(Problem(file, line, f"holds the character U+{ord(odd[0]):04X}; remove it"))
+        return None, set()
+    try:
+        document, faults = parse(text)
+    except _Refused as refused:
+        line, said = refused.args
+        problems.append(Problem(file, line, said))
+        return None, set()
+    for line, location, said in faults:
+        problems.append(Problem(file, line, f"{_dotted(location)}: {said}"))
+    return document, {location for _line, location, _said in faults}
+
+
+# -------------------------------------------------------------------------------------------------------- schema
+
+
+_PATTERN_MEANING = {
+    r"^[a-z]": "must be an id: lower-case words joined by hyphens",
+    r"^https:": "must be an address that starts with https://",
+    r"^([0-9]{4}": 'must be an arXiv identifier such as "2005.00928", without a version',
+    r"^10\.": "must be a DOI such as 10.18653/v1/2020.acl-main.385, without https://doi.org/",
+    r"^snippets": "must be a path such as snippets/attention/attention_rollout.py",
+    r"^[0-9a-f]": "must be 64 hexadecimal digits in lower case",
+}
+
+
+_FIELDS = sorted(
+    {field for record in (*KINDS.values(), Paper, Code, Motivation, Subfamily) for field in record.model_fields}
+)
+
+
+def _dotted(location: Location) -> str:
+    """("paper", "authors", 0) -> paper.authors[0]."""
+    dotted = ""
+    for part in location:
+        dotted += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return dotted.lstrip(".")
+
+
+def _line_of(location: Location, lines: dict[Location, int]) -> int:
+    """Line of the nearest ancestor that is written in the file."""
+    while location and location not in lines:
+        location = location[:-1]
+    return lines.get(location, 1)
+
+
+def _explain_error(error: Any) -> str:
+    """A pydantic error in the words of somebody who edits YAML."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "missing":
+        return "is missing"
+    if kind == "extra_forbidden":
+        return "is not a field" + _did_you_mean(str(error["loc"][-1]), _FIELDS)
+    if kind == "string_pattern_mismatch":
+        meaning = next((m for start, m in _PATTERN_MEANING.items() if context["pattern"].startswith(start)), None)
+        return meaning or error["msg"]
+    if kind == "string_too_short":
+        return "must not be blank; write null for an unknown value"
+    if kind == "too_short":
+        return "must hold at least one item"
+    if kind == "tuple_type":
+        return "must be a list"
+    if kind in ("model_type", "dict_type"):
+        return "must be a mapping (key: value lines)"
+    if kind == "value_error":
+        return str(context["error"])
+    said = error["msg"].replace("Input should", "must")
+    value = error["input"]
+    return said + (f", not {value!r:.80}" if isinstance(value, (str, int, float, bool, type(None))) else "")
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = nearest(word, known)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The known words that ``word`` may have meant: those that contain it, then those spelt much like it."""
+    known = sorted(known)
+    word = word.lower()[:80]
+    inside = [k for k in known if len(word) > 2 and word in k]
+    alike = difflib.get_close_matches(word, known, n=count, cutoff=0.6)
+    return list(dict.fromkeys(inside + alike))[:count]
+
+
+def _validate(kind: str, document: Document, file: str, faulted: set[Location], problems: list[Problem]) -> Any:
+    """The typed record, or None with its faults appended to ``problems``."""
+    record = KINDS[kind]
+    try:
+        return record.model_validate(document.data)
+    except ValidationError as invalid:
+        errors = invalid.errors(include_url=False)
+    above = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
+    if len(errors) > MAX_FAULTS:
+        problems.append(Problem(file, len(document.lines), f"and {len(errors) - MAX_FAULTS} more faults"))
+    for error in errors[:MAX_FAULTS]:
+        location = error["loc"]
+        if location in faulted or (error["type"] == "too_short" and location in above):
+            continue  # said already, or a mere consequence
+        text = _explain_error(error)
+        where = _dotted(location)
+        problems.append(Problem(file, _line_of(location, document.lines), f"{where}: {text}" if where else text))
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- load
+
+
+class _Reading(NamedTuple):
+    taxonomy: Taxonomy | None
+    methods: dict[str, Method]
+    models: dict[str, ModelCard]
+    documents: dict[str, Document]  # by file
+    files: dict[str, str]  # id of a method, valid or not -> file
+    problems: list[Problem]
+
+
+def _entry_files(folder: Path, problems: list[Problem], root: Path) -> list[Path]:
+    paths = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name.startswith("."):
+            continue
+        if path.suffix != ".yml":
+            problems.append(Problem(_relative(path, root), 1, "is not an entry; entries are <id>.yml files"))
+        else:
+            paths.append(path)
+    return paths
+
+
+def _relative(path: Path, root: Path) -> str:
+    """Path as messages show it: catalog/methods/attention/x.yml, snippets/..."""
+    return path.relative_to(root.parent).as_posix()
+
+
+def _read_all(root: Path) -> _Reading:
+    problems: list[Problem] = []
+    documents: dict[str, Document] = {}
+
+    def read(kind: str, path: Path) -> Any:
+        file = _relative(path, root)
+        document, faulted = _read(path, file, problems)
+        if document is None:
+            return None
+        documents[file] = document
+        return _validate(kind, document, file, faulted, problems)
+
+    taxonomy = read("taxonomy", root / "taxonomy.yml")
+    models: dict[str, ModelCard] = {}
+    for path in _entry_files(root / "models", problems, root):
+        card = read("model", path)
+        if card is not None:
+            if card.id != path.stem:
+                problems.append(Problem(_relative(path, root), 1, f"id: {card.id} is not the file name {path.stem}"))
+            models[card.id] = card
+
+    methods: dict[str, Method] = {}
+    files: dict[str, str] = {}
+    for path in _entry_files(root / "methods", problems, root):
+        file = _relative(path, root)
+        if len(path.relative_to(root).parts) != 3:
+            problems.append(Problem(file, 1, "belongs in catalog/methods/<family>/"))
+            continue
+        if path.stem in files:
+            problems.append(Problem(file, 1, f"id: {path.stem} is taken by {files[path.stem]}"))
+            continue
+        files[path.stem] = file
+        method = read("method", path)
+        if method is not None:
+            methods[path.stem] = method
+    return _Reading(taxonomy, methods, models, documents, files, problems)
+
+
+def _cross_check(reading: _Reading) -> list[Problem]:
+    """What no single file can tell."""
+    problems: list[Problem] = []
+    if reading.taxonomy is not None:
+        problems += _check_taxonomy(reading.taxonomy, reading.documents[TAXONOMY])
+    models = {*BUNDLED_MODELS, *reading.models}
+    vocabularies = _vocabularies(reading.taxonomy)
+    for stem, method in reading.methods.items():
+        file = reading.files[stem]
+        lines = reading.documents[file].lines
+
+        def say(*location: str | int, text: str, file: str = file, lines: dict = lines) -> None:
+            problems.append(Problem(file, _line_of(location, lines), f"{_dotted(location)}: {text}"))
+
+        if method.id != stem:
+            say("id", text=f"{method.id} is not the file name {stem}")
+        folder = Path(file).parent.name
+        if method.family != folder:
+            say("family", text=f"{method.family} is not the folder {folder}")
+        if method.snippet not in (None, expected := snippet_name(stem, folder)):
+            say("snippet", text=f"must be {expected}")
+        for name, terms in vocabularies.items():
+            for location, word in _words(method, name):
+                if word not in terms:
+                    say(*location, text=f"{word} is not in the {name} of taxonomy.yml{_did_you_mean(word, terms)}")
+        if reading.taxonomy is not None:
+            owner = {term.id: term.family for term in reading.taxonomy.subfamilies}.get(method.subfamily)
+            if owner not in (None, method.family):
+                say("subfamily", text=f"{method.subfamily} belongs to the family {owner}")
+        lists: dict[Location, Iterable] = {
+            ("motivation", "terms"): method.motivation.terms,
+            ("tasks",): method.tasks,
+            ("needs",): method.needs,
+            ("relations",): [(relation.type, relation.id) for relation in method.relations],
+        }
+        for location, words in lists.items():
+            seen = set()
+            for position, word in enumerate(words):
+                if word in seen:
+                    say(*location, position, text="is listed twice")
+                seen.add(word)
+        for position, relation in enumerate(method.relations):
+            if relation.id == stem:
+                say("relations", position, "id", text="an entry is not related to itself")
+            elif relation.id not in reading.files:
+                near = _did_you_mean(relation.id, reading.files)
+                say("relations", position, "id", text=f"there is no entry {relation.id}{near}")
+        if method.model not in models:
+            say("model", text=f"{method.model} has no card in catalog/models{_did_you_mean(method.model, models)}")
+    return problems
+
+
+def snippet_name(id: str, family: str) -> str:
+    """Path of the snippet from the repository root."""
+    return f"snippets/{family}/{id.replace('-', '_')}.py"
+
+
+def _vocabularies(taxonomy: Taxonomy | None) -> dict[str, set[str]]:
+    if taxonomy is None:
+        return {}
+    return {name: {term.id for term in getattr(taxonomy, name)} for name in Taxonomy.model_fields}
+
+
+def _words(method: Method, vocabulary: str) -> list[tuple[Location, str]]:
+    """Each use of the vocabulary by the method, with its place."""
+    match vocabulary:
+        case "families":
+            return [(("family",), method.family)]
+        case "subfamilies":
+            return [(("subfamily",), method.subfamily)]
+        case "motivations":
+            return [(("motivation", "terms", i), word) for i, word in enumerate(method.motivation.terms)]
+        case "outputs":
+            return [(("output",), method.output)]
+        case _:
+            return [((vocabulary, i), word) for i, word in enumerate(getattr(method, vocabulary))]
+
+
+def _check_taxonomy(taxonomy: Taxonomy, document: Document) -> list[Problem]:
+    problems: list[Problem] = []
+    families = {term.id for term in taxonomy.families}
+    for name in Taxonomy.model_fields:
+        ids: set[str] = set()
+        orders: set[tuple[str, int]] = set()
+        for position, term in enumerate(getattr(taxonomy, name)):
+            family = getattr(term, "family", "")
+
+            def say(field: str, text: str, where: Location = (name, position)) -> None:
+                location = (*where, field)
+                line = _line_of(location, document.lines)
+                problems.append(Problem(TAXONOMY, line, f"{_dotted(location)}: {text}"))
+
+            if term.id in ids:
+                say("id", f"{term.id} is used twice in {name}")
+            if (family, term.order) in orders:
+                say("order", f"{term.order} is used twice in {family or name}")
+            if family and family not in families:
+                say("family", f"{family} is not in the families{_did_you_mean(family, families)}")
+            ids.add(term.id)
+            orders.add((family, term.order))
+    return problems
+
+
+def read_taxonomy(root: Path = ATLAS / "catalog") -> Taxonomy:
+    """The vocabularies alone. Raises ``CatalogError``."""
+    problems: list[Problem] = []
+    path = root / "taxonomy.yml"
+    document, faulted = _read(path, _relative(path, root), problems)
+    taxonomy = _validate("taxonomy", document, TAXONOMY, faulted, problems) if document else None
+    if problems or taxonomy is None:
+        raise CatalogError(problems)
+    return taxonomy
+
+
+@functools.cache
+def load(root: Path = ATLAS / "catalog") -> Catalog:
+    """The whole catalogue; read once per root (``load.cache_clear()`` forgets it).
+
+    Raises ``CatalogError`` with every problem of every file. Whether the snippets exist is not its business but that of
+    ``check``.
+    """
+    reading = _read_all(root)
+    problems = reading.problems + _cross_check(reading)
+    if problems:
+        raise CatalogError(problems)
+    assert reading.taxonomy is not None
+    family = {term.id: term.order for term in reading.taxonomy.families}
+    subfamily = {term.id: term.order for term in reading.taxonomy.subfamilies}
+    methods = sorted(
+        reading.methods.values(), key=lambda m: (family[m.family], subfamily[m.subfamily], m.paper.year, m.id)
+    )
+    return Catalog(reading.taxonomy, {m.id: m for m in methods}, dict(sorted(reading.models.items())))
+
+
+# --------------------------------------------------------------------------------------------------------- check
+
+
+def check(root: Path = ATLAS / "catalog") -> list[str]:
+    """Every problem of the catalogue and of the files that belong to it, one line each, sorted; empty when sound."""
+    reading = _read_all(root)
+    problems = set(reading.problems + _cross_check(reading))
+    importable = importable_names(root.parent / "snippets")
+    for stem, file in reading.files.items():
+        lines = reading.documents[file].lines if file in reading.documents else {}
+        name = stem.replace("-", "_")
+        if name in importable:
+            problems.add(Problem(file, _line_of(("id",), lines), f"id: {stem} shadows the Python module {name}"))
+        method = reading.methods.get(stem)
+        if method is not None and method.snippet is not None:
+            line = _line_of(("snippet",), lines)
+            problems |= set(_check_snippet(root.parent / method.snippet, method.snippet, file, line))
+    problems |= set(_check_orphans(root, reading))
+    problems |= set(_check_first_lines(root, reading))
+    problems |= set(_todos(root, reading))
+    return [str(problem) for problem in sorted(problems)]
+
+
+def importable_names(snippets: Path) -> set[str]:
+    """Top-level modules that ``import`` would find, those beside a snippet left out."""
+    found = set(sys.stdlib_module_names) | {"vitx"}
+    for module in pkgutil.iter_modules():
+        if snippets not in Path(getattr(module.module_finder, "path", "/")).parents:
+            found.add(module.name)
+    return found
+
+
+def _check_snippet(path: Path, name: str, file: str, line: int) -> Iterator[Problem]:
+    if not path.is_file():
+        yield Problem(file, line, f"snippet: {name} does not exist; write it, or say why_no_snippet")
+        return
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        where = getattr(error, "lineno", None) or 1
+        yield Problem(name, where, f"is not Python: {getattr(error, 'msg', None) or error}")
+        return
+    if not any(isinstance(node, ast.FunctionDef) and node.name == "explain" for node in tree.body):
+        yield Problem(name, 1, "defines no top-level function explain")
+
+
+def _check_orphans(root: Path, reading: _Reading) -> Iterator[Problem]:
+    """Snippets that no entry describes."""
+    families = {term.id for term in reading.taxonomy.families} if reading.taxonomy else set()
+    named = {method.snippet for method in reading.methods.values()}
+    for family in sorted(families):
+        for path in sorted((root.parent / "snippets" / family).glob("*.py")):
+            stem = path.stem.replace("_", "-")
+            if _relative(path, root) not in named and stem not in reading.files:
+                yield Problem(_relative(path, root), 1, f"has no entry catalog/methods/{family}/{stem}.yml")
+
+
+def _check_first_lines(root: Path, reading: _Reading) -> Iterator[Problem]:
+    for file in reading.documents:
+        parts = Path(file).parts[1:]  # below catalog/
+        kind = {"methods": "method", "models": "model"}.get(parts[0], "taxonomy")
+        expected = schema_line(kind, depth=len(parts) - 1)
+        with (root.parent / file).open(encoding="utf-8") as lines:
+            if lines.readline().rstrip() != expected:
+                yield Problem(file, 1, f"the first line must be: {expected}")
+
+
+def schema_line(kind: str, depth: int) -> str:
+    """The comment by which editors find the schema, for a file ``depth`` folders below catalog/."""
+    return f"# yaml-language-server: $schema={'../' * depth}schema/{kind}.json"
+
+
+def _todos(root: Path, reading: _Reading) -> Iterator[Problem]:
+    for stem, file in reading.files.items():
+        family = Path(file).parent.name
+        for name in (file, snippet_name(stem, family), test_name(stem, family)):
+            path = root.parent / name
+            if not path.is_file():
+                continue
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if TODO in text:
+                for number, line in enumerate(text.splitlines(), 1):
+                    if TODO in line:
+                        yield Problem(name, number, "to do: " + line.split(TODO, 1)[1].strip(" \"'])"))
+
+
+def test_name(id: str, family: str) -> str:
+    """Path of the snippet's test from the repository root."""
+    return f"tests/{family}/test_{id.replace('-', '_')}.py"
+
+
+# ----------------------------------------------------------------------------------------------------------- ask
+
+
+def snippet_path(id: str, root: Path = ATLAS / "catalog") -> Path:
+    """File of the snippet of entry ``id``, without reading the rest of the catalogue.
+
+    Raises ``UnknownId`` with the nearest ids, ``NoSnippet`` with the reason that the entry gives, ``CatalogError``
+    where the entry itself is faulty.
+    """
+    folders = {path.stem: path for path in (root / "methods").glob("*/*.yml")}
+    if id not in folders:
+        raise UnknownId(_unknown(id, folders))
+    path = root.parent / snippet_name(id, folders[id].parent.name)
+    if path.is_file():
+        return path
+    problems: list[Problem] = []
+    file = _relative(folders[id], root)
+    document, faulted = _read(folders[id], file, problems)
+    method = _validate("method", document, file, faulted, problems) if document else None
+    if method is None:
+        raise CatalogError(problems)
+    why = method.why_no_snippet or f"{method.snippet} does not exist."
+    raise NoSnippet(f"{id} has no snippet: {why}")
+
+
+def get(catalog: Catalog, id: str) -> Method:
+    """The entry ``id``. Raises ``UnknownId`` with the nearest ids."""
+    if id not in catalog.methods:
+        raise UnknownId(_unknown(id, catalog.methods))
+    return catalog.methods[id]
+
+
+def _unknown(id: str, known: Iterable[str]) -> str:
+    return f'there is no method "{id[:80]}"' + (_did_you_mean(id, known) or "; `vitx list` shows them all")
+
+
+def find(
+    catalog: Catalog,
+    *,
+    family: str | None = None,
+    motivation: str | None = None,
+    task: str | None = None,
+    needs: str | None = None,
+    year: str | None = None,
+) -> list[Method]:
+    """The methods that match every filter given, in catalogue order.
+
+    Args:
+        family, motivation, task, needs: a term of that vocabulary; ``needs`` keeps the methods that need it.
+        year: "2021", or a range with both ends included, "2020-2022".
+
+    Raises:
+        ValueError: a term is not in its vocabulary (the nearest are named), or the year is written otherwise.
+    """
+    wanted = {"families": family, "motivations": motivation, "tasks": task, "needs": needs}
+    for name, term in wanted.items():
+        terms = [known.id for known in getattr(catalog.taxonomy, name)]
+        if term is not None and term not in terms:
+            hint = _did_you_mean(term, terms) or f"; they are {', '.join(terms)}"
+            raise ValueError(f'"{term}" is not one of the {name}{hint}')
+    first, last = _years(year)
+    return [
+        method
+        for method in catalog.methods.values()
+        if first <= method.paper.year <= last
+        and all(term is None or term in {word for _, word in _words(method, name)} for name, term in wanted.items())
+    ]
+
+
+def _years(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 9999
+    match = re.fullmatch(r"([0-9]{4})(?:-([0-9]{4}))?", text.strip())
+    if not match:
+        raise ValueError(f'the year must be written as 2021 or as 2020-2022, not "{text}"')
+    first, last = int(match[1]), int(match[2] or match[1])
+    if first > last:
+        raise ValueError(f"the years {text} run backwards")
+    return first, last

@@ -1,0 +1,64 @@
+"""What a snippet shows when it is run: its method on the bundled models and pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from vitx import catalog, glyphs, images, models, plot
+
+PHOTOGRAPHS = ("coffee", "motorcycle")
+SCENE = 7  # seed of the glyph scene with two creatures
+
+
+def heatmap(explain: Callable, id: str) -> None:
+    """Show the maps of ``explain`` for photographs and for a glyph scene that holds two creatures.
+
+    A class-specific method is asked for both creatures, any other only once. In a notebook the figure is displayed,
+    in a script it is written to ``<id>.png`` in the working directory.
+    """
+    entry = catalog.get(catalog.load(), id)
+
+    def maps(model: torch.nn.Module, x: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        return plot.heatmap(explain(model, x, target))
+
+    photo, glyph = models.load("photo"), models.load("glyph")
+    x = torch.stack([photo.preprocess(images.open_image(name)) for name in PHOTOGRAPHS])
+    with torch.inference_mode():
+        predicted = [photo.class_names[label] for label in photo.model(x).argmax(-1)]
+    first = []
+    for normalised, relevance, label in zip(x, maps(photo.model, x), predicted, strict=True):
+        picture = images.to_array(normalised, photo.mean, photo.std)
+        first += [plot.Cell(picture, None, f"photo predicts: {label}"), plot.Cell(picture, relevance, entry.name)]
+
+    scene = glyphs.scenes(1, SCENE, creatures=2)
+    x, picture = glyphs.normalise(scene.images), scene.images[0].permute(1, 2, 0).numpy()
+    names = [glyphs.CLASS_NAMES[label] for label in scene.labels[0]]
+    second = [plot.Cell(picture, None, f"glyph scene: {names[0]} and {names[1]}")]
+    if entry.class_specific:
+        for name, label in zip(names, scene.labels[0], strict=True):
+            second.append(plot.Cell(picture, maps(glyph.model, x, label[None])[0], f"asked for {name}"))
+    else:
+        second.append(plot.Cell(picture, maps(glyph.model, x)[0], entry.name))
+    truth = glyphs.patch_fraction(scene.object_masks[0].any(0), (14, 14))
+    second.append(plot.Cell(picture, truth, "truth: the creatures"))
+    show(plot.grid([first, second], cell=2.1), id)
+
+
+def show(figure: Figure, id: str) -> None:
+    """Display the figure in a notebook, or write it to ``<id>.png`` in a script."""
+    try:
+        from IPython.core.getipython import get_ipython
+
+        in_notebook = get_ipython() is not None
+    except ImportError:
+        in_notebook = False
+    if in_notebook:
+        from IPython.display import Image, display
+
+        display(Image(plot.encode(figure, "jpeg"), format="jpeg"))
+    else:
+        path = Path(f"{id}.png")
+        path.write_bytes(plot.encode(figure))
+        print(f"wrote {path.resolve()}")

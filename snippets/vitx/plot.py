@@ -1,0 +1,114 @@
+"""Pictures of explanations: a heat map over its picture, and grids of them.
+
+Every map has its own scale. A map without negative values runs from 0 (transparent) to its largest value; a map with
+both signs runs symmetrically about 0, red for and blue against.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+CELL = 1.75  # inches, side of one picture in a grid
+
+
+class Cell(NamedTuple):
+    """One picture of a grid."""
+
+    picture: np.ndarray  # (H, W, 3) in [0, 1]
+    relevance: Tensor | None  # (gh, gw), any scale; None shows the picture alone
+    title: str = ""
+
+
+def heatmap(result: Any) -> Tensor:
+    """The (B, gh, gw) map of a result of ``explain``, whatever its output."""
+    return result if isinstance(result, Tensor) else result.heatmap()
+
+
+def overlay(axes: Axes, picture: np.ndarray, relevance: Tensor | None = None, title: str = "") -> None:
+    """Draw ``picture`` (H, W, 3), values in [0, 1], and ``relevance`` (gh, gw) over its grey version."""
+    height, width, _ = picture.shape
+    frame = (0.0, float(width), float(height), 0.0)
+    if relevance is None:
+        axes.imshow(picture, extent=frame)
+    else:
+        grey = picture @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+        axes.imshow(0.25 + 0.75 * grey, cmap="gray", vmin=0, vmax=1, extent=frame)
+        values = relevance.detach().float().cpu()[None, None]
+        values = nn.functional.interpolate(values, size=(height, width), mode="bilinear")[0, 0].numpy()
+        largest = float(np.abs(values).max()) or 1.0
+        if values.min() < 0:
+            shades, strength = (
+                matplotlib.colormaps["RdBu_r"](Normalize(-largest, largest)(values)),
+                np.abs(values) / largest,
+            )
+        else:
+            shades, strength = matplotlib.colormaps["inferno"](0.25 + 0.7 * values / largest), values / largest
+        shades[..., 3] = 0.85 * np.sqrt(strength)
+        axes.imshow(shades, extent=frame)
+    axes.set_title(title, fontsize=8, pad=3)
+    axes.axis("off")
+
+
+def grid(rows: Sequence[Sequence[Cell]], cell: float = CELL) -> Figure:
+    """A figure of pictures in rows; a shorter row leaves its last places empty."""
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(cell * columns, (cell + 0.22) * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for places, row in zip(axes, rows, strict=True):
+        for place in places:
+            place.axis("off")
+        for place, entry in zip(places, row, strict=False):
+            overlay(place, *entry)
+    return figure
+
+
+def explanation(result: Any, picture: np.ndarray, title: str = "", row: int = 0) -> Figure:
+    """The figure of one result of ``explain``, whatever its output: the picture, then what the method says of it.
+
+    Args:
+        result: a heat map (B, gh, gw), or a NamedTuple with ``.heatmap()``.
+        picture: (H, W, 3) in [0, 1]. title: of the map. row: which picture of the batch.
+    """
+    if isinstance(result, Tensor):
+        return grid([[Cell(picture, None), Cell(picture, result[row], title)]], cell=3)
+    cells = [Cell(picture, None), Cell(picture, result.heatmap()[row], title)]
+    if hasattr(result, "alive"):  # selection: dim what has been dropped, wherever that changed
+        alive = result.alive[row].float()  # (L, gh, gw)
+        changed = [i for i in range(len(alive)) if not i or (alive[i] != alive[i - 1]).any()]
+        cells += [
+            Cell(_hide(picture, alive[i]), None, f"after block {i + 1}: {int(alive[i].sum())} patches") for i in changed
+        ]
+    elif hasattr(result, "names"):  # concepts: the strongest ones, where they look
+        strongest = result.scores[row].abs().argsort(descending=True)[:4].tolist()
+        cells += [
+            Cell(picture, result.attention[row, k], f"{result.names[k]}: {float(result.scores[row, k]):+.2f}")
+            for k in strongest
+        ]
+    return grid([cells], cell=2.4)
+
+
+def _hide(picture: np.ndarray, alive: Tensor) -> np.ndarray:
+    """The picture (H, W, 3) with the patches that are not alive (gh, gw) nearly white."""
+    mask = nn.functional.interpolate(alive[None, None].float(), size=picture.shape[:2], mode="nearest")[
+        0, 0, :, :, None
+    ]
+    return np.where(mask.cpu().numpy() > 0, picture, 0.12 * picture + 0.82)
+
+
+def encode(figure: Figure, format: str = "png", dpi: int = 110) -> bytes:
+    """The figure as an image file. "jpeg" is small enough to stand inside a page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    if format == "png":
+        return buffer.getvalue()
+    small = io.BytesIO()
+    Image.open(buffer).convert("RGB").save(small, "jpeg", quality=86, optimize=True)
+    return small.getvalue()

@@ -1,0 +1,215 @@
+"""The shape of every catalogue file, as frozen pydantic models.
+
+The field descriptions are the documentation: ``python -m vitx.schema`` writes them as JSON Schema to
+catalog/schema/, where editors find them and complete from them. What one file alone cannot tell (do the terms
+exist, do the relations resolve) is checked in ``vitx.catalog``.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, str_strip_whitespace=True, allow_inf_nan=False)
+
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Id = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$", max_length=80)]
+Url = Annotated[str, StringConstraints(pattern=r"^https://[^\s<>\"'\\{}]+$")]
+Arxiv = Annotated[str, StringConstraints(pattern=r"^([0-9]{4}\.[0-9]{4,5}|[a-z-]+(\.[A-Z]{2})?/[0-9]{7})$")]
+Doi = Annotated[str, StringConstraints(pattern=r"^10\.[0-9]{4,9}/[^\s<>\"\\{}]+$")]
+# YAML gives lists, so the tuples themselves are not strict; what they hold is.
+Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+Ids = Annotated[tuple[Id, ...], Field(strict=False, min_length=1)]
+
+
+class Paper(_Record):
+    """The publication that proposed the method."""
+
+    title: Text = Field(description="Title as printed, without a full stop.")
+    authors: Texts = Field(
+        description='Authors as "Family, Given" in printed order; "others" last if the list is incomplete.'
+    )
+    year: int = Field(
+        ge=1950,
+        le=2100,
+        description="Year by which the work is dated, of its preprint or its venue; the venue carries its own.",
+    )
+    venue: Text | None = Field(description='Venue and year, such as "ICCV 2021"; null when unknown.')
+    arxiv: Arxiv | None = Field(description='arXiv identifier in quotes, such as "2005.00928"; null when unknown.')
+    doi: Doi | None = Field(description="DOI without the https://doi.org/ prefix; null when unknown.")
+    url: Url | None = Field(description="Page of the paper where neither arXiv nor DOI leads; null when unknown.")
+
+    @model_validator(mode="after")
+    def _others_last(self) -> "Paper":
+        if "others" in self.authors[:-1] or self.authors == ("others",):
+            raise ValueError('"others" stands last in authors, after at least one name')
+        return self
+
+
+class Code(_Record):
+    """The authors' own implementation."""
+
+    url: Url = Field(description="Address of the authors' repository.")
+    licence: Text | None = Field(
+        description='SPDX identifier, such as "MIT"; "none" when none is given; null when unknown.'
+    )
+
+
+class Motivation(_Record):
+    """Why the method was proposed."""
+
+    terms: Ids = Field(description="Terms of the motivations vocabulary, the weightiest first.")
+    text: Text = Field(description="One or two sentences: the shortcoming that the authors set out to mend.")
+
+
+class Relation(_Record):
+    """A directed link from this entry to another."""
+
+    type: Literal["extends", "compares-with", "supersedes", "same-idea-as", "applies", "uses"] = Field(
+        description=(
+            "extends: generalises or refines it; compares-with: the paper measures itself against it; "
+            "supersedes: its authors now recommend this one; same-idea-as: found independently; "
+            "applies: carries it unchanged to another task; uses: contains it as a building block."
+        )
+    )
+    id: Id = Field(description="Id of the other entry.")
+
+
+class Method(_Record):
+    """One surveyed work: catalog/methods/<family>/<id>.yml."""
+
+    id: Id = Field(description="Equals the file name. Never changes: it is the address of the page.")
+    name: Text = Field(description="The name that the field uses.")
+    paper: Paper
+    code: Code | None = Field(description="The authors' code; null when none is known.")
+    family: Id = Field(description="Term of the families vocabulary; equals the folder.")
+    subfamily: Id = Field(description="Term of the subfamilies vocabulary that belongs to the family.")
+    motivation: Motivation
+    tasks: Ids = Field(description="Terms of the tasks vocabulary on which the paper explains models.")
+    needs: Ids = Field(description="Terms of the needs vocabulary: what the method asks of the model.")
+    class_specific: bool | None = Field(
+        description="Does the explanation change with the class asked about? null when unknown."
+    )
+    output: Id = Field(description="Term of the outputs vocabulary: the kind of thing that explain returns.")
+    stochastic: bool = Field(default=False, description="Does explain draw random numbers (and so take generator)?")
+    mechanism: Text = Field(
+        description="How it works, enough to implement from. Markdown with $inline$ and $$display$$ LaTeX."
+    )
+    relations: Annotated[tuple[Relation, ...], Field(strict=False)] = Field(
+        default=(), description="Links to other entries."
+    )
+    in_survey: Literal["yes", "no", "unknown"] = Field(
+        description='Is it covered by Kashefi et al. (arXiv 2311.06786)? Quoted: "yes", "no" or "unknown".'
+    )
+    snippet: Annotated[str, StringConstraints(pattern=r"^snippets/[a-z]+/[a-z0-9_]+\.py$")] | None = Field(
+        default=None, description="Path of the snippet from the repository root."
+    )
+    why_no_snippet: Text | None = Field(
+        default=None,
+        description="Reason, in one sentence, where there is no snippet. Exactly one of the two is given.",
+    )
+    model: Id = Field(default="glyph", description="Model on which the snippet runs when none is named.")
+    sources: Texts = Field(description="Where the facts of this entry were seen.")
+    note: Text | None = Field(default=None, description="Anything a reader must know that fits nowhere else.")
+
+    @model_validator(mode="after")
+    def _snippet_or_reason(self) -> "Method":
+        if (self.snippet is None) == (self.why_no_snippet is None):
+            raise ValueError("give exactly one of snippet and why_no_snippet")
+        return self
+
+
+class Term(_Record):
+    """One term of a vocabulary."""
+
+    id: Id = Field(description="The word that entries use.")
+    label: Text = Field(description="English label.")
+    label_zh: Text = Field(description="Chinese label.")
+    order: int = Field(ge=0, description="Position in menus and in the mind map; unique within the vocabulary.")
+    definition: Text = Field(description="One paragraph in our own words.")
+
+
+class Subfamily(Term):
+    """A branch of a family."""
+
+    family: Id = Field(description="The family that it belongs to.")
+
+
+Terms = Annotated[tuple[Term, ...], Field(strict=False, min_length=1)]
+Subfamilies = Annotated[tuple[Subfamily, ...], Field(strict=False, min_length=1)]
+
+
+class Taxonomy(_Record):
+    """The vocabularies, which are the mind map: catalog/taxonomy.yml."""
+
+    families: Terms = Field(description="What is explained with: the first level of the mind map.")
+    subfamilies: Subfamilies = Field(description="The second level; order is unique within the family.")
+    motivations: Terms = Field(description="Why methods are proposed.")
+    tasks: Terms = Field(description="What the explained models do.")
+    needs: Terms = Field(description="What a method asks of the model.")
+    outputs: Terms = Field(description="What explain returns.")
+
+
+class ModelCard(_Record):
+    """A checkpoint that ships: catalog/models/<id>.yml."""
+
+    id: Id = Field(description="Name under which vitx.models.load finds it; equals the file name.")
+    name: Text = Field(description="Name for readers.")
+    architecture: Text = Field(description="timm class and its arguments, in words.")
+    parameters: int = Field(ge=1, description="Number of weights.")
+    input_size: int = Field(ge=1, description="Height and width of the input, in pixels.")
+    classes: int = Field(ge=1, description="Number of classes.")
+    licence: Text = Field(description="SPDX identifier of the weights.")
+    training: Text = Field(description="What was trained, on which data, how long.")
+    command: Text = Field(description="The exact command that made the file.")
+    seed: int = Field(ge=0, description="Seed of that command.")
+    minutes: float = Field(ge=0, description="Training time in minutes on the machine that made the file.")
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] = Field(
+        description="SHA-256 of the safetensors file, in lower case."
+    )
+    metrics: dict[Text, float] = Field(description="Measured numbers, such as top1: 0.98. Fractions, not percent.")
+    limits: Text = Field(description="What the model must not be used for.")
+    source: Text = Field(description="Where its weights and data come from.")
+
+
+class Catalog(NamedTuple):
+    """The whole catalogue, frozen."""
+
+    taxonomy: Taxonomy
+    methods: dict[str, Method]  # by id; sorted by family order, subfamily order, year, id
+    models: dict[str, ModelCard]  # by id, sorted
+
+
+KINDS: dict[str, type[_Record]] = {"method": Method, "taxonomy": Taxonomy, "model": ModelCard}
+
+
+def schemas() -> dict[str, str]:
+    """File name -> JSON Schema text, for catalog/schema/."""
+    texts = {}
+    for kind, record in KINDS.items():
+        schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | record.model_json_schema()
+        texts[f"{kind}.json"] = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+    return texts
+
+
+def write_schemas(folder: Path) -> list[Path]:
+    """Write the JSON Schemas to ``folder`` and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, text in schemas().items():
+        path, beside = folder / name, folder / (name + ".part")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+        paths.append(path)
+    return paths
+
+
+if __name__ == "__main__":
+    from vitx import ATLAS
+
+    for written in write_schemas(ATLAS / "catalog" / "schema"):
+        print(written.relative_to(ATLAS))

@@ -1,0 +1,353 @@
+"""The adapter to timm's VisionTransformer: its tokens, its grid, its attention, without editing the model.
+
+Everything works on a stock model: fused attention, class token, registers, distillation token, qk-norm, layer scale,
+average pooling or attention pooling. Every function leaves the model as it found it.
+
+Shapes: B pictures, N tokens = prefix tokens (class, distillation, registers) + P patches, P = gh * gw,
+h heads, D channels.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.diff_attention import DiffAttention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class UnsupportedModel(ValueError):
+    """The model is not a timm VisionTransformer, or lacks what the method needs; the message says which."""
+
+
+# --- what the model is ---------------------------------------------------------------------------------------------
+
+
+def check(model: nn.Module, images: Tensor, *, class_token: bool = False) -> None:
+    """Refuse what no method can explain, in one sentence each.
+
+    Args:
+        model: must be a timm ``VisionTransformer`` in eval mode.
+        images: (B, 3, H, W), normalised, finite.
+        class_token: the method reads the class token.
+
+    Raises:
+        UnsupportedModel: another architecture, or no class token where one is needed.
+        ValueError: training mode, wrong shape, picture size or dtype, NaN in a picture.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not a timm VisionTransformer, and this method reads its tokens and blocks."
+        )
+    if class_token and not model.has_class_token:
+        raise UnsupportedModel(
+            f"this model has no class token (its head reads global_pool={model.global_pool!r}), which the method needs."
+        )
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first.")
+    if images.ndim != 4 or images.shape[1] != model.in_chans or not len(images):
+        raise ValueError(
+            f"images must have shape (B, {model.in_chans}, H, W) with B at least 1, not {tuple(images.shape)}."
+        )
+    size, expected = tuple(images.shape[-2:]), model.patch_embed.img_size
+    if model.patch_embed.strict_img_size and expected is not None and size != tuple(expected):
+        raise ValueError(
+            f"this model reads pictures of {expected[0]} x {expected[1]} pixels, not {size[0]} x {size[1]}."
+        )
+    parameter = next(model.parameters())
+    if images.dtype != parameter.dtype or images.device != parameter.device:
+        raise ValueError(
+            f"images are {images.dtype} on {images.device}, but the model is {parameter.dtype} on {parameter.device}."
+        )
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(f"picture {int((~finite).nonzero()[0])} of images holds NaN or infinite values.")
+
+
+def plain_blocks(model: VisionTransformer) -> list[Block]:
+    """The blocks, all timm's pre-norm ``Block``; UnsupportedModel for a method that walks inside other kinds."""
+    blocks = [block for block in model.blocks if type(block) is Block]
+    if len(blocks) < len(model.blocks):
+        other = next(type(block).__name__ for block in model.blocks if type(block) is not Block)
+        raise UnsupportedModel(f"this method reads inside pre-norm blocks (attention, then MLP), and {other} is none.")
+    return blocks
+
+
+def grid(model: VisionTransformer, images: Tensor) -> tuple[int, int]:
+    """(gh, gw): rows and columns of patches that the model cuts ``images`` (B, 3, H, W) into."""
+    return model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+
+
+def to_grid(model: VisionTransformer, images: Tensor, values: Tensor) -> Tensor:
+    """Patch values (B, P) on the patch grid: (B, gh, gw), detached. Raises ValueError as ``require_finite``."""
+    return require_finite(model, values.detach()).unflatten(1, grid(model, images))
+
+
+def require_finite(model: nn.Module, values: Tensor) -> Tensor:
+    """The values; ValueError when one is NaN or infinite, naming the parameter of the model that is, if one is."""
+    if not values.isfinite().all():
+        culprit = non_finite_parameter(model)
+        raise ValueError(
+            f"the relevance is not finite: parameter {culprit} of the model holds NaN or infinite values."
+            if culprit
+            else f"the relevance is not finite in {values.dtype}, although pictures and weights are: try a wider dtype."
+        )
+    return values
+
+
+def non_finite_parameter(model: nn.Module) -> str | None:
+    """Name of the first parameter or buffer that holds NaN or infinite values, or None."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+
+
+def pool_patches(model: VisionTransformer, pixels: Tensor) -> Tensor:
+    """Sum of a pixel map (B, H, W) over every patch: (B, P). Pixels beyond the last whole patch belong to none."""
+    ph, pw = model.patch_embed.patch_size
+    padding = (0, -pixels.shape[-1] % pw, 0, -pixels.shape[-2] % ph) if model.patch_embed.dynamic_img_pad else (0,) * 4
+    pixels = nn.functional.pad(pixels, padding)
+    return (nn.functional.avg_pool2d(pixels[:, None], (ph, pw)) * (ph * pw)).flatten(1)
+
+
+def target_classes(logits: Tensor, target: Tensor | None = None) -> Tensor:
+    """The class to explain, for every picture: (B,) indices.
+
+    Args:
+        logits: (B, classes).
+        target: (B,) class indices, or None for the predicted class.
+
+    Raises:
+        ValueError: wrong shape or dtype, or a class that the model does not have.
+    """
+    if target is None:
+        return logits.argmax(-1)
+    target = torch.as_tensor(target, device=logits.device)
+    if target.shape != logits.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(
+            f"target must hold one class index for each of the {len(logits)} pictures: "
+            f"integers of shape ({len(logits)},), not {target.dtype} of shape {tuple(target.shape)}."
+        )
+    outside = target[(target < 0) | (target >= logits.shape[1])]
+    if len(outside):
+        raise ValueError(f"class {int(outside[0])} is out of range: the model has classes 0 to {logits.shape[1] - 1}.")
+    return target.long()
+
+
+def target_scores(logits: Tensor, target: Tensor | None = None) -> Tensor:
+    """The logit of the class to explain, for every picture: (B,). Arguments and errors as ``target_classes``."""
+    return logits.gather(1, target_classes(logits, target)[:, None])[:, 0]
+
+
+# --- looking inside ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def capture(model: nn.Module, *names: str) -> Iterator[dict[str, list[Tensor]]]:
+    """Record tensors inside every block while the model runs; hooks and flags are taken back at the end.
+
+        with capture(model, "attention") as record:
+            logits = model(images)
+        gradients = torch.autograd.grad(target_scores(logits).sum(), record["attention"])
+
+    Args:
+        model: a timm VisionTransformer, or any module with timm blocks in ``.blocks``, such as a text tower.
+        names: any of
+            "attention": attention weights after the softmax, (B, h, N, N) per block. Fused attention is switched off
+                for the call. A model with attention pooling also records "pool_attention", (B, h, 1, N or P), once.
+            "block_input", "block_output": (B, N, D) per block.
+            a path inside the block, as "norm1", "attn.qkv" or "mlp.fc1": the output of that module;
+                with ".input" behind it, its input.
+
+    Yields:
+        {name: list over blocks, first block first}. With gradients enabled the tensors are in the graph, also when
+        every parameter of the model is frozen, so ``torch.autograd.grad`` can differentiate by them.
+
+    Raises:
+        UnsupportedModel: a block without the module or without one plain attention matrix.
+    """
+    record: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles: list[RemovableHandle] = []
+    flags: list[tuple[nn.Module, str, bool]] = []
+    blocks = list(model.get_submodule("blocks").children())
+
+    def switch(module: nn.Module, flag: str, value: bool) -> None:
+        flags.append((module, flag, getattr(module, flag)))
+        setattr(module, flag, value)
+
+    def keep(name: str, tensor: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not tensor.requires_grad:
+            tensor = tensor.detach().requires_grad_()  # a leaf, so that frozen models have gradients too
+        record[name].append(tensor)
+        return tensor
+
+    def keep_output(name: str) -> Callable:
+        # An Identity returns its input, which others may read too: a view has a gradient of its own.
+        return lambda module, args, output: keep(name, output.view_as(output) if output is args[0] else output)
+
+    def keep_input(name: str) -> Callable:
+        return lambda module, args: (keep(name, args[0]), *args[1:])
+
+    def keep_pool_attention(pool: AttentionPoolLatent, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        return _attention_pooling(pool, *args, **kwargs, keep=lambda weights: keep("pool_attention", weights))
+
+    try:
+        if hasattr(model, "grad_checkpointing"):
+            switch(model, "grad_checkpointing", False)  # it would run every hook twice
+        for name in names:
+            path = {"block_input": ".input", "block_output": ""}.get(name, name)
+            for index, block in enumerate(blocks):
+                if name == "attention":
+                    attention = _attention_module(block, index)
+                    switch(attention, "fused_attn", False)
+                    module = attention.get_submodule("attn_drop")
+                else:
+                    module = _submodule(block, index, path.removesuffix(".input"))
+                if path.endswith(".input"):
+                    handles.append(module.register_forward_pre_hook(keep_input(name)))
+                else:
+                    handles.append(module.register_forward_hook(keep_output(name)))
+            pool = getattr(model, "attn_pool", None)
+            if name == "attention" and isinstance(pool, AttentionPoolLatent):
+                record["pool_attention"] = []
+                handles.append(pool.register_forward_hook(keep_pool_attention, with_kwargs=True))
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag, value in reversed(flags):
+            setattr(module, flag, value)
+
+
+def _submodule(block: nn.Module, index: int, path: str) -> nn.Module:
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        raise UnsupportedModel(
+            f"block {index} ({type(block).__name__}) has no module {path!r}, which this method reads."
+        ) from None
+
+
+def _attention_module(block: nn.Module, index: int) -> nn.Module:
+    attention = getattr(block, "attn", block)  # a parallel-scaling block is its own attention
+    if isinstance(attention, DiffAttention) or hasattr(attention, "lambda_init"):
+        raise UnsupportedModel(
+            f"block {index} uses differential attention: a difference of two softmaxes is no attention matrix."
+        )
+    if not (hasattr(attention, "attn_drop") and hasattr(attention, "fused_attn")):
+        raise UnsupportedModel(
+            f"block {index} ({type(block).__name__}) does not have one attention matrix, which this method reads."
+        )
+    return attention
+
+
+def _attention_pooling(
+    pool: AttentionPoolLatent,
+    tokens: Tensor,
+    attn_mask: Tensor | None = None,
+    keep: Callable[[Tensor], Tensor] = lambda weights: weights,
+) -> Tensor:
+    """timm's AttentionPoolLatent, with ``keep`` seeing (and perhaps replacing) its attention weights (B, h, 1, N)."""
+    batch, heads = len(tokens), pool.num_heads
+    if pool.pos_embed is not None:
+        tokens = tokens + pool.pos_embed.to(tokens.dtype)
+    queries = pool.q(pool.latent.expand(batch, -1, -1)).unflatten(-1, (heads, -1)).transpose(1, 2)
+    keys, values = pool.kv(tokens).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, N, d) each
+    queries, keys = pool.q_norm(queries), pool.k_norm(keys)
+    scores = (queries * pool.scale) @ keys.transpose(-2, -1)  # (B, h, latent, N)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    mixed = (keep(scores.softmax(-1)) @ values).transpose(1, 2).flatten(2)  # (B, latent, D)
+    mixed = pool.proj_drop(pool.proj(mixed))
+    if pool.mlp is not None:
+        mixed = mixed + pool.mlp(pool.norm(mixed))
+    return mixed[:, 0] if pool.pool == "token" else mixed.mean(1) if pool.pool == "avg" else mixed
+
+
+def readout(model: VisionTransformer, record: dict[str, list[Tensor]]) -> Tensor:
+    """How the head reads the final tokens: weights (B, N) that sum to one. Attention maps start from here.
+
+    One for the class token; one half each for class and distillation token; uniform for average pooling; the
+    head-averaged pooling attention for attention pooling.
+
+    Args:
+        record: of ``capture(model, "attention")`` after the forward pass.
+
+    Raises:
+        UnsupportedModel: the head reads tokens in another way (max pooling, none).
+    """
+    attention = record["attention"][-1]
+    weights = attention.new_zeros(len(attention), attention.shape[-1])
+    if hasattr(model, "dist_token"):
+        weights[:, :2] = 0.5
+    elif model.global_pool == "token":
+        weights[:, 0] = 1
+    elif model.global_pool == "avg":
+        weights[:, 0 if model.pool_include_prefix else model.num_prefix_tokens :] = 1
+    elif record.get("pool_attention"):
+        return pool_row(model, record["pool_attention"][0].mean(1)[:, 0])
+    else:
+        raise UnsupportedModel(
+            f"the head of this model reads its tokens by global_pool={model.global_pool!r}, "
+            "which gives no fixed weight to a token; class-token, average and attention pooling do."
+        )
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def pool_row(model: VisionTransformer, row: Tensor) -> Tensor:
+    """A row (B, N or P) over the tokens that attention pooling reads, as a row (B, N) over all tokens."""
+    return row if model.pool_include_prefix else nn.functional.pad(row, (model.num_prefix_tokens, 0))
+
+
+# --- removing tokens -----------------------------------------------------------------------------------------------
+
+
+def embed(model: VisionTransformer, images: Tensor) -> Tensor:
+    """Tokens (B, N, D) with their positions, as the first block receives them."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+def keep_tokens(model: VisionTransformer, tokens: Tensor, patches: Tensor) -> Tensor:
+    """The prefix tokens and the chosen patches of each picture: (B, prefix + K, D), a really shorter sequence.
+
+    Args:
+        tokens: (B, N, D).
+        patches: (B, K) patch indices, 0 to P - 1.
+    """
+    prefix = model.num_prefix_tokens
+    kept = tokens[:, prefix:].gather(1, patches[..., None].expand(-1, -1, tokens.shape[-1]))
+    return torch.cat([tokens[:, :prefix], kept], 1)
+
+
+def logits_of_tokens(model: VisionTransformer, tokens: Tensor) -> Tensor:
+    """Logits (B, classes) from tokens (B, any number, D) at the input of the first block."""
+    return model.forward_head(model.norm(model.blocks(tokens)))
+
+
+def logits_of_visible(model: VisionTransformer, images: Tensor, visible: Tensor) -> Tensor:
+    """Logits (B, classes) when only the visible patches can be attended to and pooled.
+
+    The shapes stay and the hidden tokens are masked: equal to dropping them (``keep_tokens``), but each picture may
+    hide another number of them.
+
+    Args:
+        visible: (B, P) bool, with at least one visible patch in each picture when there is no prefix token.
+
+    Raises:
+        UnsupportedModel: pooling other than by class token, average or attention.
+    """
+    prefix = model.num_prefix_tokens
+    mask = nn.functional.pad(visible, (prefix, 0), value=True)  # (B, N)
+    tokens = model.forward_features(images, attn_mask=mask[:, None, None])
+    if model.global_pool == "token":
+        return model.forward_head(tokens)
+    start = 0 if model.pool_include_prefix else prefix
+    tokens, mask = tokens[:, start:], mask[:, start:]
+    if isinstance(model.attn_pool, AttentionPoolLatent):
+        pooled = model.attn_pool(tokens, attn_mask=mask[:, None, None])
+    elif model.global_pool == "avg":
+        pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    else:
+        raise UnsupportedModel(f"patches cannot be hidden from a head that reads global_pool={model.global_pool!r}.")
+    return model.head(model.head_drop(model.fc_norm(pooled)))

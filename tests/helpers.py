@@ -1,0 +1,162 @@
+"""Models that show mistakes, and a Vision Transformer written out in plain numpy and loops."""
+
+import math
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from scipy.special import erf
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+def roughen(model: nn.Module, seed: int = 0) -> Any:
+    """The model in float64 and eval mode with random biases and norms and enlarged qkv weights.
+
+    timm's initialisation has zero biases, unit norms and nearly uniform attention, which hide mistakes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if ".norm" in name or name.startswith(("norm", "fc_norm")) or "gamma" in name:
+                parameter += 0.3 * noise
+            elif "qkv.weight" in name:
+                parameter.copy_(3 * noise / math.sqrt(parameter.shape[-1]))
+            elif name.endswith("weight") and parameter.ndim > 1:
+                parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+            else:
+                parameter += 0.3 * noise
+    return model
+
+
+def tiny(depth: int = 2, seed: int = 0, img_size: int | tuple[int, int] = 16, **options: Any) -> Any:
+    """A rough class-token model of 16 x 16 pixels, four patches, two heads, dimension 8, five classes."""
+    settings: dict[str, Any] = {"patch_size": 8, "embed_dim": 8, "num_heads": 2, "mlp_ratio": 2, "num_classes": 5}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return roughen(VisionTransformer(img_size=img_size, depth=depth, **(settings | options)), seed)
+
+
+def pictures(model: nn.Module, batch: int = 2, seed: int = 1) -> Tensor:
+    """Random normalised pictures (B, 3, H, W) of the size and dtype of the model."""
+    size = model.patch_embed.img_size  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    return torch.randn(batch, 3, *size, generator=generator, dtype=torch.float64).to(dtype)  # type: ignore[misc]
+
+
+# Architectures that every method must either explain or refuse in a sentence.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_tiny_patch16_224": ("vit_tiny_patch16_224", {}),
+    "deit_tiny_distilled_patch16_224": ("deit_tiny_distilled_patch16_224", {}),
+    "registers and layer scale": ("vit_tiny_patch16_224", {"reg_tokens": 4, "init_values": 0.1}),
+    "qk-norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "no class token, average pooling": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+    "no class token, attention pooling": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "map"}),
+    "registers, qk-norm, gap": ("vit_pwee_patch16_reg1_gap_256", {}),
+    "not square": ("vit_tiny_patch16_224", {"img_size": (64, 96)}),
+}
+
+
+def variant(name: str, **options: Any) -> Any:
+    """A rough float64 model of ``VARIANTS``, four blocks deep, on 64 x 64 pixels."""
+    architecture, settings = VARIANTS[name]
+    settings: dict[str, Any] = {"img_size": 64, "depth": 4, "num_classes": 7} | settings | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return roughen(timm.create_model(architecture, pretrained=False, **settings))
+
+
+def relative_error(ours: Any, theirs: Any) -> float:
+    """Largest difference over the largest magnitude of the oracle."""
+    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+# --- the transformer in plain loops --------------------------------------------------------------------------------
+
+
+def weights(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * weight + bias
+
+
+def twin_tokens(model: Any, image: Tensor) -> np.ndarray:
+    """(N, D): patches cut out, projected and given positions one by one."""
+    w, size = weights(model), model.patch_embed.patch_size[0]
+    gh, gw = model.patch_embed.grid_size
+    rows = [w["cls_token"][0, 0]]
+    for i in range(gh):
+        for j in range(gw):
+            patch = image[:, i * size : (i + 1) * size, j * size : (j + 1) * size].numpy()
+            rows.append((w["patch_embed.proj.weight"] * patch).sum((1, 2, 3)) + w["patch_embed.proj.bias"])
+    return np.stack(rows) + w["pos_embed"][0]
+
+
+def twin_block(model: Any, index: int, x: np.ndarray, change: tuple | None = None) -> dict[str, np.ndarray]:
+    """All that one block computes for one picture; ``change`` = (head, query, key, amount) acts on the attention."""
+    w = {n.removeprefix(f"blocks.{index}."): t for n, t in weights(model).items() if n.startswith(f"blocks.{index}.")}
+    heads = model.blocks[index].attn.num_heads
+    width = x.shape[1] // heads
+    normed = layer_norm(x, w["norm1.weight"], w["norm1.bias"])
+    qkv = normed @ w["attn.qkv.weight"].T + w["attn.qkv.bias"]
+    attention = np.zeros((heads, len(x), len(x)))
+    mixed = np.zeros_like(x)
+    for m in range(heads):
+        q, k, v = (qkv[:, p * heads * width + m * width : p * heads * width + (m + 1) * width] for p in range(3))
+        for i in range(len(x)):
+            scores = [math.exp(float(q[i] @ k[j]) / math.sqrt(width)) for j in range(len(x))]
+            attention[m, i] = np.array(scores) / sum(scores)
+            if change is not None and change[:2] == (m, i):
+                attention[m, i, change[2]] += change[3]
+            for j in range(len(x)):
+                mixed[i, m * width : (m + 1) * width] += attention[m, i, j] * v[j]
+    middle = x + mixed @ w["attn.proj.weight"].T + w["attn.proj.bias"]
+    mlp_input = layer_norm(middle, w["norm2.weight"], w["norm2.bias"])
+    hidden = mlp_input @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]
+    activated = hidden * 0.5 * (1 + erf(hidden / math.sqrt(2)))
+    output = middle + activated @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
+    return {
+        "input": x,
+        "normed": normed,
+        "qkv": qkv,
+        "attention": attention,
+        "mixed": mixed,
+        "middle": middle,
+        "mlp_input": mlp_input,
+        "activated": activated,
+        "output": output,
+    }
+
+
+def twin_forward(
+    model: Any, image: Tensor, layer: int = -1, change: tuple | None = None
+) -> tuple[list[dict], np.ndarray]:
+    """Records of all blocks, and the logits, for one picture; ``change`` acts in block ``layer``."""
+    x, records, w = twin_tokens(model, image), [], weights(model)
+    for index in range(len(model.blocks)):
+        records.append(twin_block(model, index, x, change if index == layer else None))
+        x = records[-1]["output"]
+    final = layer_norm(x, w["norm.weight"], w["norm.bias"])
+    return records, final[0] @ w["head.weight"].T + w["head.bias"]
+
+
+def twin_attention_gradients(model: Any, image: Tensor, target: int, step: float = 1e-5) -> list[np.ndarray]:
+    """d logit / d attention for every layer, head, query and key, by central differences."""
+    records, _ = twin_forward(model, image)
+    gradients = []
+    for layer, record in enumerate(records):
+        gradient = np.zeros_like(record["attention"])
+        for place in np.ndindex(gradient.shape):
+            up, down = (twin_forward(model, image, layer, (*place, sign * step))[1][target] for sign in (1, -1))
+            gradient[place] = (up - down) / (2 * step)
+        gradients.append(gradient)
+    return gradients

@@ -1,0 +1,117 @@
+"""The model glyph is what its card says, on scenes that it has never seen."""
+
+import hashlib
+import importlib.util
+import math
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from vitx import ATLAS, glyphs, models
+from vitx.schema import ModelCard
+
+WEIGHTS = ATLAS / "snippets" / "models" / "glyph.safetensors"
+UNSEEN = 800_000  # a seed of neither the training nor the card
+COUNT = 1000
+FLOORS = {"top1": 0.97, "top2_of_two_creatures": 0.90}
+
+
+@pytest.fixture(scope="module")
+def card():
+    return ModelCard(**yaml.safe_load((ATLAS / "catalog" / "models" / "glyph.yml").read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = ATLAS / "snippets" / "models" / "train_glyph.py"
+    spec = importlib.util.spec_from_file_location("train_glyph", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_card_describes_the_file(card):
+    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == card.sha256
+    assert WEIGHTS.stat().st_size < 4e6
+    loaded = models.load("glyph")
+    assert sum(p.numel() for p in loaded.model.parameters()) == card.parameters
+    assert loaded.class_names == glyphs.CLASS_NAMES
+    assert len(loaded.class_names) == card.classes
+    assert card.input_size == glyphs.SIZE
+
+
+def test_the_card_holds_on_unseen_scenes(card, script):
+    measured = script.measure(load_file(WEIGHTS), COUNT, UNSEEN)
+    assert measured.keys() == FLOORS.keys()
+    for name, floor in FLOORS.items():
+        share = card.metrics[name]
+        assert share >= floor
+        # Four standard errors of the difference of the two measurements.
+        spread = math.sqrt(share * (1 - share) * (1 / COUNT + 1 / card.metrics["measured_scenes"]))
+        assert abs(measured[name] - share) < 4 * spread + 1e-3
+
+
+def test_several_parts_matter():
+    """Taking a part away lowers the logit of the class, for each of the five parts."""
+    scenes = glyphs.scenes(200, UNSEEN + 2)
+    model, label = models.load("glyph").model, scenes.labels[:, :1]
+    with torch.inference_mode():
+        whole = model(glyphs.normalise(scenes.images)).gather(1, label)
+        for part in glyphs.PARTS:
+            drop = whole - model(glyphs.normalise(glyphs.without_part(scenes, part))).gather(1, label)
+            assert drop.mean() > 0.3, part
+
+
+def test_training_sees_the_model_that_ships(script):
+    """The forward pass of the training script is that of timm, and a small picture is a window of a large one."""
+    torch.manual_seed(0)
+    model = script.network()
+    torch.nn.init.normal_(model.pos_embed)
+    images = glyphs.normalise(glyphs.batch(2, 1)[0])
+    everywhere = torch.arange(script.GRID**2).expand(2, -1)
+    whole = script.logits(model, images, everywhere, None)
+    assert torch.allclose(whole, model(images), atol=1e-5)
+    rows, columns = torch.arange(3, 10), torch.arange(5, 12)
+    places = (rows[:, None] * script.GRID + columns).flatten().expand(2, -1)
+    small = script.logits(model, images[:, :, 24:80, 40:96], places, None)
+    assert torch.allclose(small, script.logits(model, images, everywhere, places), atol=1e-5)
+    assert not torch.allclose(small, whole, atol=1e-3)
+
+
+def test_windows_lie_in_the_grid(script):
+    for size in (56, 80, 112):
+        places = script.window(size, torch.Generator().manual_seed(1))
+        rows, columns = places // script.GRID, places % script.GRID
+        side = size // script.PATCH
+        assert places.shape == (script.BATCH, side * side)
+        assert (rows.amax(1) - rows.amin(1) == side - 1).all()
+        assert (columns.amax(1) - columns.amin(1) == side - 1).all()
+        assert rows.max() == columns.max() == script.GRID - 1
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITX_CACHE", str(tmp_path))
+    monkeypatch.setattr(script, "BATCH", 4)
+    monkeypatch.setattr(script, "STAGES", (script.Stage(56, 3, 1e-3, False), script.Stage(112, 1, 1e-3, True)))
+    monkeypatch.setattr(script, "STEPS", 4)
+    monkeypatch.setattr(script, "SAVE_EVERY", 2)
+    step, taken = script.train_step, []
+
+    def stop_at_the_fourth(model, optimiser, seed, number):
+        taken.append(number)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return step(model, optimiser, seed, number)
+
+    whole, _ = script.train(0)
+    (tmp_path / "train-glyph.pt").unlink()
+    monkeypatch.setattr(script, "train_step", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        script.train(0)
+    resumed, _ = script.train(0)
+    assert taken == [0, 1, 2, 3, 2, 3]
+    for name, value in whole.items():
+        assert torch.allclose(value, resumed[name], atol=1e-6), name

@@ -1,0 +1,638 @@
+"""The loader refuses bad files with one line each, names file and line, reports all faults together and never hangs."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vitx import ATLAS, catalog
+from vitx.catalog import CatalogError, NoSnippet, UnknownId
+
+TWELVE = [
+    "saliency-input-gradient",
+    "integrated-gradients",
+    "grad-cam",
+    "occlusion",
+    "raw-attention",
+    "attention-rollout",
+    "generic-attention-explainability",
+    "transformer-attribution",
+    "evit",
+    "concept-transformer",
+    "tokencut",
+    "generic-attention-two-tower",
+]
+FILE = "catalog/methods/attention/attention-rollout.yml"
+ENTRY = """\
+# yaml-language-server: $schema=../../schema/method.json
+id: attention-rollout
+name: Attention rollout
+paper:
+  title: Quantifying Attention Flow in Transformers
+  authors: ["Abnar, Samira", "Zuidema, Willem"]
+  year: 2020
+  venue: ACL 2020
+  arxiv: "2005.00928"
+  doi: null
+  url: null
+code: null
+family: attention
+subfamily: attention-aggregation
+motivation:
+  terms: [information-flow]
+  text: Deep layers see mixtures.
+tasks: [image-classification]
+needs: [forward-pass, attention-weights]
+class_specific: false
+output: heatmap
+mechanism: Multiply the layers.
+relations:
+  - {type: extends, id: raw-attention}
+in_survey: "yes"
+snippet: snippets/attention/attention_rollout.py
+sources: [here]
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The catalog folder of a small sound atlas: two entries, their snippets, the real taxonomy."""
+    return make_atlas(tmp_path)
+
+
+def make_atlas(folder: Path) -> Path:
+    root = folder / "catalog"
+    (root / "methods" / "attention").mkdir(parents=True)
+    (root / "models").mkdir()
+    shutil.copy(ATLAS / "catalog" / "taxonomy.yml", root)
+    other = (
+        ENTRY.replace("rollout", "raw")
+        .replace("attention-raw", "raw-attention")
+        .replace("attention_raw", "raw_attention")
+    )
+    other = other.replace("relations:\n  - {type: extends, id: raw-attention}\n", "relations: []\n")
+    other = other.replace("year: 2020", "year: 2019")
+    (root / "methods" / "attention" / "attention-rollout.yml").write_text(ENTRY, encoding="utf-8")
+    (root / "methods" / "attention" / "raw-attention.yml").write_text(other, encoding="utf-8")
+    snippets = folder / "snippets" / "attention"
+    snippets.mkdir(parents=True)
+    for name in ("attention_rollout.py", "raw_attention.py"):
+        (snippets / name).write_text("def explain(model, images, target=None): ...\n", encoding="utf-8")
+    return root
+
+
+def with_entry(root: Path, text: str | bytes) -> list[str]:
+    """What check says when the entry of attention rollout holds ``text``."""
+    data = text if isinstance(text, bytes) else text.encode()
+    (root.parent / FILE).write_bytes(data)
+    return catalog.check(root)
+
+
+# ----------------------------------------------------------------------------------------------- the real catalogue
+
+
+def test_the_real_catalogue_loads_in_taxonomy_order():
+    read = catalog.load()
+    assert set(TWELVE) <= set(read.methods)
+    family = {term.id: term.order for term in read.taxonomy.families}
+    subfamily = {term.id: term.order for term in read.taxonomy.subfamilies}
+    keys = [(family[m.family], subfamily[m.subfamily], m.paper.year, m.id) for m in read.methods.values()]
+    assert keys == sorted(keys)
+    assert all(key == method.id for key, method in read.methods.items())
+    assert catalog.load() is read
+
+
+def test_the_real_catalogue_is_sound():
+    assert catalog.check() == []
+
+
+def test_the_taxonomy_has_the_five_families_and_the_three_kinds_of_pruning():
+    taxonomy = catalog.load().taxonomy
+    assert [term.id for term in taxonomy.families] == ["attribution", "attention", "pruning", "inherent", "tasks"]
+    pruning = [term.id for term in taxonomy.subfamilies if term.family == "pruning"]
+    assert pruning == ["explicitly-explainable", "implicitly-explainable", "possibly-explainable"]
+    needs = ["forward-pass", "gradients", "attention-weights", "training", "changed-architecture"]
+    assert [term.id for term in taxonomy.needs] == needs
+    for name in type(taxonomy).model_fields:
+        terms = getattr(taxonomy, name)
+        assert len({term.label for term in terms}) == len({term.label_zh for term in terms}) == len(terms) or (
+            name == "subfamilies"
+        )
+        assert all(any("\u4e00" <= letter <= "\u9fff" for letter in term.label_zh) for term in terms)
+
+
+def test_every_formula_becomes_mathml():
+    pages = pytest.importorskip("vitx.pages")
+    for method in catalog.load().methods.values():
+        html = pages.markdown_html(method.mechanism)
+        assert "vx-bad-math" not in html, method.id
+        assert "$" not in html, method.id
+
+
+def test_checking_imports_no_torch():
+    code = "import sys; from vitx import catalog; catalog.check(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- YAML
+
+
+def test_a_sound_atlas_has_no_problem(root):
+    assert catalog.check(root) == []
+    assert list(catalog.load(root).methods) == ["raw-attention", "attention-rollout"]
+
+
+TRAP = 'is a number, a date or a merge to some readers; write "{0}" if it is text'
+TRUTH = 'is a truth value to some readers; write true or false, or "{0}"'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("  year: 2020", "  year: 2020\n  year: 2021", "8: paper.year: given twice, first in line 7"),
+        ("class_specific: false", "class_specific: no", f"20: class_specific: unquoted no {TRUTH.format('no')}"),
+        ("class_specific: false", "class_specific: Off", f"20: class_specific: unquoted Off {TRUTH.format('Off')}"),
+        ("class_specific: false", "class_specific: y", f"20: class_specific: unquoted y {TRUTH.format('y')}"),
+        (
+            "class_specific: false",
+            "class_specific: False",
+            "20: class_specific: write false, or quote it if it is text",
+        ),
+        ("class_specific: false", "class_specific:", "20: class_specific: write null for an unknown value"),
+        ("class_specific: false", "class_specific: ~", "20: class_specific: write null for an unknown value"),
+        ('"yes"', "yes", f"25: in_survey: unquoted yes {TRUTH.format('yes')}"),
+        ('"2005.00928"', "2005.00928", "9: paper.arxiv: must be a valid string, not 2005.00928"),
+        ("ACL 2020", "2020-07-05", f"8: paper.venue: unquoted 2020-07-05 {TRAP.format('2020-07-05')}"),
+        ("year: 2020", "year: 010", f"7: paper.year: unquoted 010 {TRAP.format('010')}"),
+        ("year: 2020", "year: 33:40", f"7: paper.year: unquoted 33:40 {TRAP.format('33:40')}"),
+        ("year: 2020", "year: 2_020", f"7: paper.year: unquoted 2_020 {TRAP.format('2_020')}"),
+        ("year: 2020", "year: 0x7e4", f"7: paper.year: unquoted 0x7e4 {TRAP.format('0x7e4')}"),
+        ("code: null", "code: &x null", "12: anchor &x is not allowed; write the value out"),
+        ("code: null", "code: *x", "12: alias *x is not allowed; write the value out"),
+        ("code: null", "code: !!str null", "12: tag tag:yaml.org,2002:str is not allowed"),
+        (
+            "code: null",
+            "code: !!python/object/apply:os.system [ls]",
+            "12: tag tag:yaml.org,2002:python/object/apply:os.system is not allowed",
+        ),
+        ("code: null", "<<: {code: null}", "12: merge key << is not allowed; write the values out"),
+        ("code: null", "code: null\n12: x", "13: key 12 must be text; quote it"),
+        ("code: null", "code: null\nyes: x", "13: key yes must be text; quote it"),
+        ("code: null", "? [a]\n: x", "12: a key must be plain text"),
+        ("code: null", 'code: null\n"a\\u0007": x', "13: a key holds a control character"),
+        ("code: null", "---\ncode: null", "12: a second document starts here; one file holds one entry"),
+        ("code: null", "code: " + "[" * 200, "12: nested more than 10 levels deep"),
+        ("code: null", "code: " + "{a: " * 200, "12: nested more than 10 levels deep"),
+        ("code: null", "code: null\u0000", "12: holds the character U+0000; remove it"),
+        ("code: null", "code: \u202enull", "12: holds the character U+202E; remove it"),
+        ("Attention rollout", '"a\\u0007b"', "3: name: holds the character U+0007, which no reader would see"),
+        (
+            "code: null",
+            "code: 'null",
+            "28: not valid YAML: while scanning a quoted scalar, found unexpected end of stream",
+        ),
+        ("code: null", "code: a: b", "12: not valid YAML: mapping values are not allowed in this context"),
+        ("code: null", "\tcode: null", None),
+    ],
+)
+def test_yaml_refusals(root, old, new, problem):
+    assert old in ENTRY
+    lines = with_entry(root, ENTRY.replace(old, new, 1))
+    if problem is None:
+        assert len(lines) == 1
+        assert "not valid YAML" in lines[0]
+    else:
+        assert lines == [f"{FILE}:{problem}"]
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"", "1: the file is empty"),
+        (b"# nothing\n", "1: the file is empty"),
+        (b"[a, b]\n", "1: the file must hold one mapping (key: value lines)"),
+        (b"word\n", "1: the file must hold one mapping (key: value lines)"),
+        (b"a: b\nc: \xff\n", "2: not UTF-8 text"),
+        (ENTRY.encode("utf-16"), "1: not UTF-8 text"),
+        (b"\xef\xbb\xbf" + ENTRY.encode(), "1: holds the character U+FEFF; remove it"),
+        (b"a: " + b"x" * 1_000_001, "1: larger than 1,000,000 bytes"),
+    ],
+)
+def test_file_refusals(root, data, problem):
+    assert with_entry(root, data) == [f"{FILE}:{problem}"]
+
+
+def test_an_alias_bomb_is_refused_at_its_first_anchor(root):
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    assert with_entry(root, bomb) == [f"{FILE}:1: anchor &a is not allowed; write the value out"]
+
+
+def test_windows_line_ends_are_fine(root):
+    assert with_entry(root, ENTRY.replace("\n", "\r\n")) == []
+
+
+def test_text_that_looks_like_something_else_stays_text():
+    document, faults = catalog.parse('a: "2021-01-01"\nb: |-\n  no\nc: 10.1/x\nd: 1e3\ne: -2\nf: v1.2\ng: "yes"\n')
+    assert faults == []
+    assert document.data == {"a": "2021-01-01", "b": "no", "c": "10.1/x", "d": 1000.0, "e": -2, "f": "v1.2", "g": "yes"}
+
+
+# ----------------------------------------------------------------------------------------------------------- schema
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("  year: 2020\n", "", "4: paper.year: is missing"),
+        ("name: Attention rollout\n", "", "1: name: is missing"),
+        ("  year: 2020", "  year: 1890", "7: paper.year: must be greater than or equal to 1950, not 1890"),
+        ("  year: 2020", '  year: "2020"', "7: paper.year: must be a valid integer, not '2020'"),
+        ("name: Att", "nmae: x\nname: Att", "3: nmae: is not a field; did you mean name?"),
+        ("  venue: ACL 2020", "  venue: ACL 2020\n  tilte: x", "9: paper.tilte: is not a field; did you mean title?"),
+        ("name: Attention rollout", 'name: " "', "3: name: must not be blank; write null for an unknown value"),
+        ("tasks: [image-classification]", "tasks: []", "18: tasks: must hold at least one item"),
+        ("tasks: [image-classification]", "tasks: image-classification", "18: tasks: must be a list"),
+        (
+            "tasks: [image-classification]",
+            "tasks: [Image]",
+            "18: tasks[0]: must be an id: lower-case words joined by hyphens",
+        ),
+        ("code: null", "code: here", "12: code: must be a mapping (key: value lines)"),
+        (
+            "code: null",
+            "code:\n  url: http://x.org\n  licence: null",
+            "13: code.url: must be an address that starts with https://",
+        ),
+        (
+            '"2005.00928"',
+            '"arXiv:2005.00928"',
+            '9: paper.arxiv: must be an arXiv identifier such as "2005.00928", without a version',
+        ),
+        (
+            "doi: null",
+            "doi: https://doi.org/10.18653/x",
+            "10: paper.doi: must be a DOI such as 10.18653/v1/2020.acl-main.385, without https://doi.org/",
+        ),
+        (
+            "type: extends",
+            "type: improves",
+            "24: relations[0].type: must be 'extends', 'compares-with', 'supersedes', 'same-idea-as', 'applies' or"
+            " 'uses', not 'improves'",
+        ),
+        (
+            '"Zuidema, Willem"]',
+            'others, "Zuidema, Willem"]',
+            '4: paper: "others" stands last in authors, after at least one name',
+        ),
+        (
+            "snippet: snippets/attention/attention_rollout.py\n",
+            "",
+            "1: give exactly one of snippet and why_no_snippet",
+        ),
+    ],
+)
+def test_schema_refusals(root, old, new, problem):
+    assert old in ENTRY
+    lines = with_entry(root, ENTRY.replace(old, new, 1))
+    assert [line for line in lines if "has no entry" not in line] == [f"{FILE}:{problem}"]
+
+
+# ------------------------------------------------------------------------------------------------------ cross-checks
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("id: attention-rollout", "id: attention-roll", "2: id: attention-roll is not the file name attention-rollout"),
+        (
+            "subfamily: attention-aggregation",
+            "subfamily: attention-agregation",
+            "14: subfamily: attention-agregation is not in the subfamilies of taxonomy.yml;"
+            " did you mean attention-aggregation, attention-perturbation, attention-visualisation?",
+        ),
+        (
+            "subfamily: attention-aggregation",
+            "subfamily: gradient",
+            "14: subfamily: gradient belongs to the family attribution",
+        ),
+        ("[information-flow]", "[speed]", "16: motivation.terms[0]: speed is not in the motivations of taxonomy.yml"),
+        (
+            "[forward-pass, attention-weights]",
+            "[gradient]",
+            "19: needs[0]: gradient is not in the needs of taxonomy.yml; did you mean gradients?",
+        ),
+        (
+            "[image-classification]",
+            "[image-classification, image-classification]",
+            "18: tasks[1]: is listed twice",
+        ),
+        (
+            "output: heatmap",
+            "output: heat-map",
+            "21: output: heat-map is not in the outputs of taxonomy.yml; did you mean heatmap?",
+        ),
+        ("id: raw-attention}", "id: attention-rollout}", "24: relations[0].id: an entry is not related to itself"),
+        (
+            "id: raw-attention}",
+            "id: raw-atention}",
+            "24: relations[0].id: there is no entry raw-atention; did you mean raw-attention?",
+        ),
+        (
+            "sources: [here]",
+            "sources: [here]\nmodel: glyf",
+            "28: model: glyf has no card in catalog/models; did you mean glyph?",
+        ),
+        (
+            "snippets/attention/attention_rollout.py",
+            "snippets/attention/rollout.py",
+            "26: snippet: must be snippets/attention/attention_rollout.py",
+        ),
+    ],
+)
+def test_cross_check_refusals(root, old, new, problem):
+    assert old in ENTRY
+    lines = with_entry(root, ENTRY.replace(old, new, 1))
+    assert f"{FILE}:{problem}" in lines
+    assert len(lines) == (2 if "rollout.py" in new else 1)  # the wrong path does not exist either
+    with pytest.raises(CatalogError) as caught:
+        catalog.load(root)
+    assert caught.value.problems == [f"{FILE}:{problem}"]
+
+
+def test_family_must_be_the_folder(root):
+    (root / "methods" / "pruning").mkdir()
+    (root.parent / FILE).rename(root / "methods" / "pruning" / "attention-rollout.yml")
+    moved = FILE.replace("attention/", "pruning/", 1)
+    assert f"{moved}:13: family: attention is not the folder pruning" in catalog.check(root)
+
+
+def test_ids_are_unique_over_the_families(root):
+    (root / "methods" / "pruning").mkdir()
+    shutil.copy(root.parent / FILE, root / "methods" / "pruning")
+    assert catalog.check(root) == [
+        f"catalog/methods/pruning/attention-rollout.yml:1: id: attention-rollout is taken by {FILE}"
+    ]
+
+
+def test_files_in_the_wrong_place(root):
+    (root / "methods" / "loose.yml").write_text(ENTRY)
+    (root / "methods" / "attention" / "x.yaml").write_text(ENTRY)
+    (root / "methods" / "attention" / ".hidden").write_text("")
+    assert catalog.check(root) == [
+        "catalog/methods/attention/x.yaml:1: is not an entry; entries are <id>.yml files",
+        "catalog/methods/loose.yml:1: belongs in catalog/methods/<family>/",
+    ]
+
+
+def test_missing_taxonomy(root):
+    (root / "taxonomy.yml").unlink()
+    assert catalog.check(root) == ["catalog/taxonomy.yml:1: cannot be read: No such file or directory"]
+
+
+def test_taxonomy_ids_and_orders_are_unique(root):
+    path = root / "taxonomy.yml"
+    text = path.read_text(encoding="utf-8")
+    text = text.replace("id: gradients", "id: forward-pass", 1)
+    text = text.replace("family: tasks\n    label: Segmentation", "family: task\n    label: Segmentation", 1)
+    text = text.replace("id: attention\n    label: Attention-based methods", "id: attention\n    label: x", 1)
+    start = text.index("id: robustness")
+    text = text[:start] + text[start:].replace("order: 7", "order: 6", 1)
+    path.write_text(text, encoding="utf-8")
+    said = [line.split(": ", 1)[1] for line in catalog.check(root)]
+    assert said == [
+        "subfamilies[42].family: task is not in the families; did you mean tasks?",
+        "motivations[6].order: 6 is used twice in motivations",
+        "needs[1].id: forward-pass is used twice in needs",
+    ]
+
+
+def test_an_id_must_not_shadow_a_module(root):
+    for name in ("json", "yaml"):
+        path = root / "methods" / "attention" / f"{name}.yml"
+        path.write_text(ENTRY.replace("attention-rollout", name).replace("attention_rollout", name))
+        (root.parent / "snippets" / "attention" / f"{name}.py").write_text("def explain(): ...")
+    assert catalog.check(root) == [
+        "catalog/methods/attention/json.yml:2: id: json shadows the Python module json",
+        "catalog/methods/attention/yaml.yml:2: id: yaml shadows the Python module yaml",
+    ]
+
+
+def test_snippets_must_exist_parse_and_define_explain(root):
+    snippet = root.parent / "snippets" / "attention" / "attention_rollout.py"
+    snippet.write_text("import nothing_of_this_name\nclass A:\n    def explain(self): ...\n")
+    assert catalog.check(root) == ["snippets/attention/attention_rollout.py:1: defines no top-level function explain"]
+    snippet.write_text("x = 1\ndef explain(:\n")
+    assert catalog.check(root) == ["snippets/attention/attention_rollout.py:2: is not Python: invalid syntax"]
+    snippet.unlink()
+    assert catalog.check(root) == [
+        f"{FILE}:26: snippet: snippets/attention/attention_rollout.py does not exist; write it, or say why_no_snippet"
+    ]
+    assert list(catalog.load(root).methods) == ["raw-attention", "attention-rollout"]  # load asks for no snippet
+
+
+def test_every_snippet_has_an_entry(root):
+    (root.parent / "snippets" / "attention" / "left_over.py").write_text("def explain(): ...")
+    assert catalog.check(root) == [
+        "snippets/attention/left_over.py:1: has no entry catalog/methods/attention/left-over.yml"
+    ]
+
+
+def test_the_first_line_leads_editors_to_the_schema(root):
+    line = "# yaml-language-server: $schema=../../schema/method.json"
+    assert with_entry(root, ENTRY.replace(line, "# x")) == [f"{FILE}:1: the first line must be: {line}"]
+    for path in (ATLAS / "catalog").rglob("*.yml"):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert (path.parent / first.partition("$schema=")[2]).is_file(), path
+
+
+def test_all_problems_of_all_files_come_together_sorted_by_line(root):
+    bad = ENTRY.replace("year: 2020", "year: 3000").replace("class_specific: false", "class_specific: no")
+    bad = bad.replace("[image-classification]", "[a, b]").replace("output: heatmap", "output: 1")
+    raw = root / "methods" / "attention" / "raw-attention.yml"
+    raw.write_text("id: [", encoding="utf-8")
+    lines = with_entry(root, bad)
+    assert [line.rsplit("/", 1)[1].split(": ")[:2] for line in lines] == [
+        ["attention-rollout.yml:7", "paper.year"],
+        ["attention-rollout.yml:20", "class_specific"],
+        ["attention-rollout.yml:21", "output"],
+        ["raw-attention.yml:2", "not valid YAML"],
+    ]
+    with pytest.raises(CatalogError) as caught:
+        catalog.load(root)
+    assert str(caught.value).splitlines() == caught.value.problems == lines
+
+
+def test_todos_are_listed_with_their_line(root):
+    text = ENTRY.replace("code: null", f"code: null  # {catalog.TODO} look it up")
+    snippet = root.parent / "snippets" / "attention" / "attention_rollout.py"
+    snippet.write_text(f"def explain(): ...\n# {catalog.TODO} write it\n")
+    assert with_entry(root, text) == [
+        f"{FILE}:12: to do: look it up",
+        "snippets/attention/attention_rollout.py:2: to do: write it",
+    ]
+
+
+def test_model_cards_are_read_and_named_after_their_file(root):
+    card = "# yaml-language-server: $schema=../schema/model.json\nid: glyph\nname: Glyph\narchitecture: ViT\n"
+    card += "parameters: 1\ninput_size: 112\nclasses: 12\nlicence: MIT\ntraining: x\ncommand: x\nseed: 0\nminutes: 1\n"
+    card += f'sha256: "{"a" * 64}"\nmetrics: {{top1: 0.98}}\nlimits: x\nsource: x\n'
+    (root / "models" / "glyph.yml").write_text(card)
+    assert catalog.check(root) == []
+    assert catalog.load(root).models["glyph"].metrics == {"top1": 0.98}
+    (root / "models" / "glyph.yml").write_text(card.replace("id: glyph", "id: glif"))
+    assert catalog.check(root) == ["catalog/models/glyph.yml:1: id: glif is not the file name glyph"]
+
+
+# -------------------------------------------------------------------------------------------------------------- ask
+
+
+def test_unknown_ids_name_the_nearest():
+    read = catalog.load()
+    with pytest.raises(UnknownId, match='there is no method "attention-rolout"; did you mean attention-rollout'):
+        catalog.get(read, "attention-rolout")
+    with pytest.raises(UnknownId, match="did you mean attention-rollout"):
+        catalog.snippet_path("rollout")
+    with pytest.raises(UnknownId, match='there is no method "zzzz"; `vitx list` shows them all'):
+        catalog.snippet_path("zzzz")
+    for odd in ("", "../../etc/passwd", "*", "a" * 10_000, "\x00"):
+        with pytest.raises(UnknownId):
+            catalog.snippet_path(odd)
+
+
+def test_snippet_path_reads_no_other_entry(root):
+    (root / "methods" / "attention" / "raw-attention.yml").write_text("id: [")
+    assert catalog.snippet_path("attention-rollout", root) == (
+        root.parent / "snippets" / "attention" / "attention_rollout.py"
+    )
+
+
+def test_no_snippet_says_why(root):
+    snippet = "snippet: snippets/attention/attention_rollout.py"
+    (root.parent / "snippets" / "attention" / "attention_rollout.py").unlink()
+    with pytest.raises(NoSnippet, match=r"attention-rollout has no snippet: snippets/.* does not exist"):
+        catalog.snippet_path("attention-rollout", root)
+    (root.parent / FILE).write_text(ENTRY.replace(snippet, "why_no_snippet: Needs a cluster."))
+    with pytest.raises(NoSnippet, match=r"^attention-rollout has no snippet: Needs a cluster\.$"):
+        catalog.snippet_path("attention-rollout", root)
+
+
+def test_find_filters():
+    read = catalog.load()
+
+    def ids(**filters: str) -> list[str]:
+        return [method.id for method in catalog.find(read, **filters)]
+
+    assert ids() == list(read.methods)
+    assert set(ids(family="attribution")) >= {"grad-cam", "occlusion"}
+    assert "attention-rollout" in ids(family="attention", year="2020")
+    assert "attention-rollout" not in ids(year="2021-2022")
+    assert set(ids(year="2020-2022")) == set(ids(year="2020") + ids(year="2021") + ids(year="2022"))
+    assert "tokencut" in ids(task="object-discovery")
+    assert "evit" in ids(motivation="efficiency", needs="changed-architecture")
+    assert all("gradients" in read.methods[id].needs for id in ids(needs="gradients"))
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"family": "atention"}, '"atention" is not one of the families; did you mean attention, attribution?'),
+        ({"needs": "gpu"}, '"gpu" is not one of the needs; they are forward-pass, gradients, attention-weights'),
+        ({"year": ">=2021"}, 'the year must be written as 2021 or as 2020-2022, not ">=2021"'),
+        ({"year": "2022-2020"}, "the years 2022-2020 run backwards"),
+    ],
+)
+def test_find_refusals(filters, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
+        catalog.find(catalog.load(), **filters)
+    assert str(caught.value).startswith(message)
+
+
+# ------------------------------------------------------------------------------------------------------------- fuzz
+
+
+YAML_PIECES = st.sampled_from(
+    ["\n", " ", "  ", ":", ": ", "- ", "? ", "[", "]", "{", "}", ",", "&a ", "*a", "!!x ", "|", ">", "'", '"', "#", "%",
+     "---", "...", "<<", "\t", "\x00", "\u2028", "\ud7ff", "é", "no", "010", "1:30", "null", "{{", "\\", "@", "`", "\r"]
+)  # fmt: skip
+MUTATION = st.tuples(
+    st.integers(0, len(ENTRY)), st.integers(0, 40), st.one_of(YAML_PIECES, st.text(max_size=8), st.just(""))
+)
+
+
+def check_anything(root: Path, data: bytes) -> None:
+    """Whatever the file holds, check answers in lines and load answers or raises CatalogError."""
+    lines = with_entry(root, data)
+    for line in lines:
+        line.encode()
+        file, number, text = line.split(":", 2)
+        assert file.startswith(("catalog/methods/attention/", "snippets/attention/"))
+        assert int(number) >= 1
+        assert text.strip()
+        assert "\n" not in line
+    catalog.load.cache_clear()
+    try:
+        catalog.load(root)
+    except CatalogError as error:
+        assert set(error.problems) <= set(lines)  # noqa: PT017 - it may also load
+
+
+@pytest.fixture(scope="module")
+def shared_root(tmp_path_factory) -> Path:
+    root = make_atlas(tmp_path_factory.mktemp("atlas"))
+    for path in root.glob("methods/*/*.yml"):
+        path.write_text(path.read_text().replace("forward-pass, ", ""))
+    term = "label: x, label_zh: x, order: 1, definition: x"  # a small taxonomy, so that each example is quick
+    words = {"families": "attention", "subfamilies": "attention-aggregation", "motivations": "information-flow"}
+    words |= {"tasks": "image-classification", "needs": "attention-weights", "outputs": "heatmap"}
+    lines = [
+        f"{name}: [{{id: {word}, {term}{', family: attention' * (name == 'subfamilies')}}}]\n"
+        for name, word in words.items()
+    ]
+    (root / "taxonomy.yml").write_text("# yaml-language-server: $schema=schema/taxonomy.json\n" + "".join(lines))
+    assert catalog.check(root) == []
+    return root
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.lists(MUTATION, min_size=1, max_size=6))
+def test_mutated_entries_never_break_the_loader(shared_root, mutations):
+    text = ENTRY.replace("forward-pass, ", "")
+    for start, length, piece in mutations:
+        text = text[:start] + piece + text[start + length :]
+    check_anything(shared_root, text.encode("utf-8", "surrogatepass"))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.one_of(st.binary(max_size=300), st.lists(YAML_PIECES, max_size=60).map(lambda p: "".join(p).encode())))
+def test_random_files_never_break_the_loader(shared_root, data):
+    check_anything(shared_root, data)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 999_999,
+        "{" * 999_999,
+        "- " * 499_999,
+        "? " * 499_999,
+        "a: " * 300_000,
+        "a:\n" + "".join(f"{' ' * depth}- a:\n" for depth in range(1, 1000)),
+        "&a " * 300_000,
+        "x" * 999_999,
+        "a: '" + "''" * 400_000,
+        "a: |\n" + " \n" * 400_000,
+        "".join(f"k{i}: 1\n" for i in range(60_000)),
+        "tasks: [" + "x, " * 300_000 + "]",
+        "#" * 999_999,
+        "%" * 999_999,
+        "a: 1" + "0" * 900_000,
+    ],
+    ids=lambda text: text[:8].replace("\n", " "),
+)
+def test_large_and_deep_files_are_answered(root, text):
+    assert with_entry(root, text)

@@ -1,0 +1,161 @@
+"""The typed entries refuse what the catalogue must not hold, and the JSON Schemas say the same to editors."""
+
+import json
+
+import jsonschema
+import pytest
+from pydantic import BaseModel, ValidationError
+from vitx import ATLAS, catalog, schema
+from vitx.schema import KINDS, Code, Method, ModelCard, Motivation, Paper, Relation, Taxonomy, Term
+
+PAPER = {
+    "title": "A Title",
+    "authors": ["Abnar, Samira"],
+    "year": 2020,
+    "venue": None,
+    "arxiv": None,
+    "doi": None,
+    "url": None,
+}
+METHOD = {
+    "id": "a-method",
+    "name": "A method",
+    "paper": PAPER,
+    "code": None,
+    "family": "attention",
+    "subfamily": "attention-aggregation",
+    "motivation": {"terms": ["faithfulness"], "text": "Because."},
+    "tasks": ["image-classification"],
+    "needs": ["gradients"],
+    "class_specific": None,
+    "output": "heatmap",
+    "mechanism": "It works.",
+    "in_survey": "unknown",
+    "snippet": "snippets/attention/a_method.py",
+    "sources": ["here"],
+}
+FILES = {
+    "method": sorted((ATLAS / "catalog" / "methods").glob("*/*.yml")),
+    "model": sorted((ATLAS / "catalog" / "models").glob("*.yml")),
+    "taxonomy": [ATLAS / "catalog" / "taxonomy.yml"],
+}
+
+
+def test_written_schemas_are_fresh():
+    for name, text in schema.schemas().items():
+        written = (ATLAS / "catalog" / "schema" / name).read_text(encoding="utf-8")
+        assert written == text, f"catalog/schema/{name} is stale: run python -m vitx.schema"
+    assert {path.name for path in (ATLAS / "catalog" / "schema").iterdir()} == set(schema.schemas())
+
+
+def test_write_schemas_leaves_only_the_schemas(tmp_path):
+    paths = schema.write_schemas(tmp_path / "new")
+    assert sorted(paths) == sorted((tmp_path / "new").iterdir())
+    assert {path.name: path.read_text(encoding="utf-8") for path in paths} == schema.schemas()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_json_schema_accepts_every_file(kind):
+    validator = jsonschema.Draft202012Validator(json.loads(schema.schemas()[f"{kind}.json"]))
+    validator.check_schema(validator.schema)
+    for path in FILES[kind]:
+        document, faults = catalog.parse(path.read_text(encoding="utf-8"))
+        assert faults == []
+        assert [error.message for error in validator.iter_errors(document.data)] == [], path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"extra": 1},
+        {"id": "Not An Id"},
+        {"class_specific": "yes"},
+        {"in_survey": "maybe"},
+        {"tasks": []},
+        {"sources": "here"},
+        {"paper": {**PAPER, "year": "2020"}},
+        {"paper": {**PAPER, "arxiv": "https://arxiv.org/abs/2005.00928"}},
+    ],
+)
+def test_json_schema_refuses_what_the_models_refuse(change):
+    validator = jsonschema.Draft202012Validator(json.loads(schema.schemas()["method.json"]))
+    assert not list(validator.iter_errors(METHOD))
+    Method.model_validate(METHOD)
+    assert list(validator.iter_errors(METHOD | change))
+    with pytest.raises(ValidationError):
+        Method.model_validate(METHOD | change)
+
+
+@pytest.mark.parametrize("record", [Paper, Code, Motivation, Relation, Method, Term, Taxonomy, ModelCard])
+def test_every_field_is_described(record: type[BaseModel]):
+    # Nested records are described by their own docstring.
+    missing = [name for name, field in record.model_fields.items() if not field.description]
+    assert missing in ([], ["paper", "motivation"])
+
+
+def test_records_are_frozen():
+    method = Method.model_validate(METHOD)
+    with pytest.raises(ValidationError, match="frozen"):
+        method.name = "Another"  # type: ignore[misc]
+    assert isinstance(method.tasks, tuple)
+    assert hash(method.paper) == hash(Paper.model_validate(PAPER))
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("year", [1950, 2100], [1949, 2101, "2020", 2020.0, True]),
+        ("arxiv", ["2005.00928", "1312.6034", "cs/0112017", "math.GT/0309136"], ["2005.00928v2", "arXiv:2005.00928"]),
+        ("doi", ["10.18653/v1/2020.acl-main.385"], ["https://doi.org/10.18653/v1/x", "doi:10.1/x", "10.1000/a b"]),
+        (
+            "url",
+            ["https://openreview.net/forum?id=x"],
+            ["http://x.org", "javascript:alert(1)", 'https://x.org/"onclick'],
+        ),
+        ("authors", [["A, B", "others"]], [[], ["others"], ["others", "A, B"], ["A, B", " "], "A, B", [1]]),
+        ("title", ["x"], ["", "  ", None, 5]),
+    ],
+)
+def test_paper_fields(field, good, bad):
+    for value in good:
+        Paper.model_validate(PAPER | {field: value})
+    for value in bad:
+        with pytest.raises(ValidationError):
+            Paper.model_validate(PAPER | {field: value})
+
+
+def test_snippet_or_reason_never_both_nor_none():
+    for change in ({"why_no_snippet": "Too slow."}, {"snippet": None}):
+        with pytest.raises(ValidationError, match="exactly one of snippet and why_no_snippet"):
+            Method.model_validate(METHOD | change)
+    assert Method.model_validate(METHOD | {"snippet": None, "why_no_snippet": "Too slow."}).snippet is None
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "snippets/../x.py", "snippets/attention/x.sh", "snippets/x.py"])
+def test_snippet_path_stays_inside(path):
+    with pytest.raises(ValidationError):
+        Method.model_validate(METHOD | {"snippet": path})
+
+
+def test_metrics_are_finite_numbers():
+    card = {
+        "id": "glyph",
+        "name": "Glyph",
+        "architecture": "ViT",
+        "parameters": 1,
+        "input_size": 112,
+        "classes": 12,
+        "licence": "MIT",
+        "training": "x",
+        "command": "x",
+        "seed": 0,
+        "minutes": 1,
+        "sha256": "0" * 64,
+        "metrics": {"top1": 0.9},
+        "limits": "x",
+        "source": "x",
+    }
+    ModelCard.model_validate(card)
+    for change in ({"metrics": {"top1": float("nan")}}, {"metrics": {"top1": "0.9"}}, {"sha256": "A" * 64}):
+        with pytest.raises(ValidationError):
+            ModelCard.model_validate(card | change)
