@@ -16,7 +16,20 @@ ENTRIES = {entry.id: entry for entry in catalog.load().methods.values() if entry
 # Cheap settings of the methods that need many passes.
 OPTIONS = {"integrated-gradients": {"steps": 3}}
 # What a snippet may import above its demo, so that it can be lifted out with one kit file.
-IMPORTS = {"math", "typing", "torch", "timm", "numpy", "scipy", "networkx", "safetensors", "vitx.vit"}
+IMPORTS = {
+    "collections",
+    "difflib",
+    "json",
+    "math",
+    "typing",
+    "torch",
+    "timm",
+    "numpy",
+    "scipy",
+    "networkx",
+    "safetensors",
+    "vitx.vit",
+}
 
 
 def tensors(result) -> dict[str, Tensor]:

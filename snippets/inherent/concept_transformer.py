@@ -159,8 +159,8 @@ if __name__ == "__main__":
         picture = scene.images[0].permute(1, 2, 0).numpy()
         images = glyphs.normalise(scene.images).expand(2, -1, -1, -1)
         found = explain(models.load("concept-glyph").model, images, scene.labels[0])  # pyright: ignore[reportArgumentType]
-        heat, shown = found.heatmap(), 4
-        figure = Figure(figsize=(11.5, 5.0), layout="constrained")
+        heat, shown = found.heatmap(), 5
+        figure = Figure(figsize=(12.5, 4.6), layout="constrained")
         axes = figure.subplots(2, 3 + shown, width_ratios=[1, 1, 1.2] + [1] * shown)
         for row, label in enumerate(scene.labels[0].tolist()):
             scores = found.scores[row]
@@ -173,7 +173,9 @@ if __name__ == "__main__":
             axes[row, 2].axvline(0, color="black", linewidth=0.6)
             axes[row, 2].tick_params(labelsize=6, length=0)
             axes[row, 2].spines[["top", "right", "left"]].set_visible(False)
-            axes[row, 2].set_title(f"added to the logit of {glyphs.CLASS_NAMES[label]}", fontsize=8, pad=3)
+            axes[row, 2].set_title(
+                f"added to its logit (brown: parts of a {glyphs.CLASS_NAMES[label]})", fontsize=8, pad=3
+            )
             for place, concept in zip(axes[row, 3:], scores.argsort(descending=True).tolist()[:shown], strict=True):
                 title = f"{found.names[concept]}: {float(scores[concept]):+.1f}"
                 plot.overlay(place, picture, found.attention[row, concept], title)

@@ -22,10 +22,8 @@ import yaml
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from train_glyph import BATCH, window  # pyright: ignore[reportMissingImports]
 from vitx import ATLAS, cache_dir, glyphs, load_module
 from vitx.schema import ModelCard
 
@@ -42,8 +40,10 @@ CONCEPTS = tuple(
     for part, variants in glyphs.VARIANTS.items()
     for variant in variants
 )  # "round body", ..., "belted": five parts of three variants
+BATCH = 128  # pictures in a step
 CROP = 56  # pixels
-PATCHES = 14 * 14  # of a full scene
+GRID = 14
+PATCHES = GRID * GRID  # of a full scene
 SCENES = 2_000_000  # scenes to train on have seeds from here on
 UNSEEN = 900_000  # ... and to measure on, this one and the next
 AVERAGE = 0.995  # decay of the average of the weights
@@ -76,8 +76,8 @@ def fit(
         loss: of one step; its batch must follow from the step alone.
     """
     for module in model.modules():
-        if isinstance(module, Attention):
-            module.fused_attn = False  # twice as fast in bfloat16 on a CPU
+        if hasattr(module, "fused_attn"):  # without it, twice as fast in bfloat16 on a CPU
+            module.fused_attn = False  # pyright: ignore[reportArgumentType]
     names = dict(model.named_parameters())
     slow = {id(parameter) for parameter in pretrained.parameters()}
     groups = [
@@ -180,7 +180,11 @@ def backbone(root: Path, **changes: Any) -> VisionTransformer:
 
 def tokens(network: VisionTransformer, images: Tensor, seed: int) -> Tensor:
     """network.forward_features for pictures that lie in a window of the position grid, drawn from the seed."""
-    places = window(images.shape[-1], torch.Generator().manual_seed(seed))  # (B, n)
+    side = images.shape[-1] // BACKBONE["patch_size"]
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.randint(0, GRID - side + 1, (len(images), 2), generator=generator)
+    rows, columns = corner[:, :1] + torch.arange(side), corner[:, 1:] + torch.arange(side)
+    places = (rows[:, :, None] * GRID + columns[:, None]).flatten(1)  # (B, n)
     assert network.cls_token is not None
     assert network.pos_embed is not None
     with torch.autocast("cpu", torch.bfloat16):
@@ -251,8 +255,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=ATLAS, help="folder with snippets/ and catalog/ to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--crops", type=int, default=600, help="steps on crops")
-    parser.add_argument("--scenes", type=int, default=500, help="steps on full scenes")
+    parser.add_argument("--crops", type=int, default=400, help="steps on crops")
+    parser.add_argument("--scenes", type=int, default=350, help="steps on full scenes")
     parser.add_argument("--test", type=int, default=2000, help="unseen scenes of each kind that measure")
     arguments = parser.parse_args()
     steps = arguments.crops + arguments.scenes
@@ -297,10 +301,10 @@ def main() -> None:
             input_size=112,
             classes=len(glyphs.CLASS_NAMES),
             licence="MIT",
-            training=f"Fine-tuned from the model glyph on {settings.steps * settings.batch:,} fresh scenes of the "
-            f"glyph world, half with one creature and half with two: cross-entropy plus "
-            f"{settings.explanation:g} times the mean squared distance of each patch's attention from the shares of "
-            "its area that the part variants cover.",
+            training=f"Fine-tuned from the model glyph on {settings.crops * BATCH:,} crops and then "
+            f"{(settings.steps - settings.crops) * BATCH:,} scenes of the glyph world, all fresh, the scenes half with "
+            f"one creature and half with two: cross-entropy plus {settings.explanation:g} times the mean squared "
+            "distance of each patch's attention from the shares of its area that the part variants cover.",
             command=command(arguments, parser),
             seed=settings.seed,
             minutes=round(minutes, 1),

@@ -2,9 +2,12 @@
 
     python snippets/models/train_glyph.py
 
-Every picture is fresh. Three stages of growing pictures: a small picture takes the place of a random window of the
-position grid, so that each stage goes on where the last one stopped. In a quarter of the steps of the last stage random
-patches are dropped, because methods that perturb the input do the same. The weights are averaged over the last steps.
+Every picture is fresh. The first stage sees small pictures of one creature, each in the place of a random window of
+the position grid; the next ones, scenes that have lost half of their patches or more, those without creatures first;
+the last, whole scenes. So each goes on where the one before stopped, and most steps are cheap. In a quarter of the
+last steps random patches are dropped, because methods that perturb the input do the same. Patches on a creature are
+trained to name it through the same head (token labelling: Jiang et al., "All Tokens Matter", NeurIPS 2021), which
+teaches the model which parts belong together when two creatures are in the picture. The weights are averaged.
 
 An interrupted run goes on from vitx.cache_dir(). Writes snippets/models/glyph.safetensors and, with the numbers
 measured on unseen scenes, catalog/models/glyph.yml.
@@ -14,6 +17,7 @@ import argparse
 import hashlib
 import math
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +33,8 @@ from vitx.schema import ModelCard
 
 PATCH = 8
 GRID = glyphs.SIZE // PATCH
-BATCH = 128
+WORKERS = 2  # threads, each with its share of a batch on one core
+BATCH = 64  # scenes in such a share
 WEIGHT_DECAY = 0.05
 WARM_UP = 100  # steps, at the start of each stage
 FLOOR = 0.02  # of the stage's learning rate, where its cosine ends
@@ -55,7 +60,8 @@ class Stage(NamedTuple):
 STAGES = (
     Stage(56, 49, 2400, 2e-3, False),
     Stage(glyphs.SIZE, 98, 1700, 1.5e-3, True),
-    Stage(glyphs.SIZE, 196, 1100, 8e-4, True),
+    Stage(glyphs.SIZE, 80, 1800, 1.5e-3, True),
+    Stage(glyphs.SIZE, 196, 900, 8e-4, True),
 )
 STEPS = sum(stage.steps for stage in STAGES)
 
@@ -108,41 +114,55 @@ def stage_of(step: int) -> tuple[int, int]:
     raise IndexError(step)
 
 
-def train_step(model: VisionTransformer, optimiser: torch.optim.Optimizer, seed: int, step: int) -> float:
-    """One step; what it draws depends on seed and step only. Returns the loss."""
-    number, inner = stage_of(step)
-    stage = STAGES[number]
-    generator = torch.Generator().manual_seed(seed * STEPS + step)
-    creatures = 2 if stage.two and step % 3 else 1
-    scene_seed = TRAIN_SEED + seed * len(STAGES) + number
-    scenes = glyphs.scenes(BATCH, scene_seed, creatures, stage.size, start=inner * BATCH)
+def gradients(
+    model: VisionTransformer, creatures: int, stage: int, inner: int, seed: int, worker: int
+) -> tuple[float, tuple[Tensor, ...]]:
+    """Loss and its gradients on one worker's share of a batch, a function of the numbers only."""
+    torch.set_num_threads(1)
+    size, patches = STAGES[stage].size, STAGES[stage].patches
+    number = inner * WORKERS + worker
+    scenes = glyphs.scenes(BATCH, TRAIN_SEED + seed * len(STAGES) + stage, creatures, size, start=number * BATCH)
+    generator = torch.Generator().manual_seed((seed * len(STAGES) + stage) * 1_000_000 + number)
     labels = scenes.labels[:, :creatures]
-    side = stage.size // PATCH
+    side = size // PATCH
     share, owner = glyphs.patch_fraction(scenes.object_masks, (side, side)).flatten(2).max(1)  # (B, n)
     patch_labels = labels.gather(1, owner.clamp(max=creatures - 1)).masked_fill(share < 0.5, -1)
     kept = None
-    if stage.patches < side * side:
+    if patches < side * side:
         order = torch.rand(share.shape, generator=generator) + (share > 0)
-        kept = order.argsort(1, descending=True)[:, : stage.patches]
-    elif stage.size == glyphs.SIZE and inner % DROPPING == 0:
+        kept = order.argsort(1, descending=True)[:, :patches]
+    elif size == glyphs.SIZE and inner % DROPPING == 0:
         left = SMALLEST_SHARE + (1 - SMALLEST_SHARE) * torch.rand((), generator=generator).item()
         kept = torch.rand(share.shape, generator=generator).argsort(1)[:, : round(left * side * side)]
     if kept is not None:
         patch_labels = patch_labels.gather(1, kept)
-    cosine = (1 + math.cos(math.pi * inner / stage.steps)) / 2
-    for group in optimiser.param_groups:
-        group["lr"] = stage.rate * min(1, (inner + 1) / WARM_UP) * (FLOOR + (1 - FLOOR) * cosine)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = logits(model, glyphs.normalise(scenes.images), window(stage.size, generator), kept)
+    # The cache of autocast is shared by all threads and would tie their graphs together.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        output = logits(model, glyphs.normalise(scenes.images), window(size, generator), kept)
     output = output.float()
     # Two creatures share the probability of the class token; a patch on a creature names that one.
     loss = -log_softmax(output[:, 0], -1).gather(1, labels).mean()
     loss = loss + cross_entropy(output[:, 1:].flatten(0, 1), patch_labels.flatten(), ignore_index=-1)
-    optimiser.zero_grad()
-    loss.backward()
+    return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+def train_step(
+    model: VisionTransformer, optimiser: torch.optim.Optimizer, pool: Executor, seed: int, step: int
+) -> float:
+    """One step; what it draws depends on seed and step only. Returns the loss."""
+    number, inner = stage_of(step)
+    stage = STAGES[number]
+    creatures = 2 if stage.two and step % 3 else 1
+    jobs = [pool.submit(gradients, model, creatures, number, inner, seed, w) for w in range(WORKERS)]
+    losses, parts = zip(*(job.result() for job in jobs), strict=True)
+    for parameter, *pieces in zip(model.parameters(), *parts, strict=True):
+        parameter.grad = torch.stack(pieces).mean(0)
+    cosine = (1 + math.cos(math.pi * inner / stage.steps)) / 2
+    for group in optimiser.param_groups:
+        group["lr"] = stage.rate * min(1, (inner + 1) / WARM_UP) * (FLOOR + (1 - FLOOR) * cosine)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
-    return loss.item()
+    return sum(losses) / WORKERS
 
 
 @torch.inference_mode()
@@ -165,12 +185,13 @@ def train(seed: int) -> tuple[dict[str, Tensor], float]:
     """Averaged weights and minutes of training, going on from the cache if a run was interrupted."""
     torch.manual_seed(seed)
     model = network()
-    for block in model.blocks:
-        block.attn.fused_attn = False  # twice as fast in bfloat16 on a CPU
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # without it, twice as fast in bfloat16 on a CPU
+            module.fused_attn = False  # pyright: ignore[reportArgumentType]
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     average = {name: value.clone() for name, value in model.state_dict().items()}
     step, seconds = 0, 0.0
-    recipe = repr((STAGES, BATCH, seed))
+    recipe = repr((STAGES, WORKERS, BATCH, seed))
     checkpoint = cache_dir() / "train-glyph.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -184,12 +205,12 @@ def train(seed: int) -> tuple[dict[str, Tensor], float]:
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns) as progress, ThreadPoolExecutor(WORKERS) as pool:
         task = progress.add_task("glyph", total=STEPS, completed=step)
         recent = 0.0
         while step < STEPS:
             begin = time.perf_counter()
-            loss = train_step(model, optimiser, seed, step)
+            loss = train_step(model, optimiser, pool, seed, step)
             decay = min(AVERAGE, (step + 1) / (step + 10))
             with torch.no_grad():
                 for name, value in model.state_dict().items():
@@ -231,7 +252,9 @@ def main() -> None:
     weights, minutes = train(arguments.seed)
     metrics = measure(weights, MEASURED)
     content = save({name: value.contiguous() for name, value in weights.items()})
-    pictures = ", then ".join(f"{stage.steps * BATCH} of {stage.size} px" for stage in STAGES)
+    pictures = ", then ".join(
+        f"{stage.steps * WORKERS * BATCH} of {stage.size} px, {stage.patches} patches each" for stage in STAGES
+    )
     card = ModelCard(
         id="glyph",
         name="Glyph ViT",
@@ -241,9 +264,10 @@ def main() -> None:
         input_size=glyphs.SIZE,
         classes=len(glyphs.CLASS_NAMES),
         licence="MIT",
-        training=f"From scratch on fresh scenes of the glyph world: {pictures}. In the last stage every other batch "
-        "shows two creatures, which share the target, and a quarter of the batches loses random patches. AdamW, "
-        "averaged weights.",
+        training=f"From scratch on fresh scenes of the glyph world: {pictures}. From the second on, "
+        "two batches of three show two creatures, which share the target of the class token; in every fourth batch of "
+        "the last, random patches are dropped. Patches on a creature are trained to name it too. AdamW, averaged "
+        "weights.",
         command="python snippets/models/train_glyph.py",
         seed=arguments.seed,
         minutes=round(minutes, 1),

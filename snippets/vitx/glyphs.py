@@ -204,7 +204,8 @@ def clip(scenes: Scenes, frames: int) -> Tensor:
 
 def select(scenes: Scenes, rows: Tensor) -> Scenes:
     """Some of the scenes: rows is (K,) indices or (B,) bool."""
-    return Scenes(*(field[rows] for field in scenes[:-1]), _select(scenes.parameters, rows))
+    *fields, parameters = scenes
+    return Scenes(*(field[rows] for field in fields), parameters=_select(parameters, rows))
 
 
 def normalise(images: Tensor) -> Tensor:

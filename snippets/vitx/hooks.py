@@ -7,7 +7,7 @@ on_post_page and on_post_build make the result work from a folder and without an
 import json
 import logging
 import re
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ log = logging.getLogger("mkdocs.vitx")
 _atlas: pages.Atlas
 _generated: dict[str, pages.Page] = {}  # by address
 _notebooks: dict[str, Path] = {}  # executed snippets, by method
-_figures: dict[str, list[tuple[pages.Figure, str]]] = {}  # their pictures with alternative texts, by method
+_figures: dict[str, list[pages.Figure]] = {}  # their pictures, by method
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Read the catalogue and the results, and build the navigation."""
     global _atlas
+    logging.getLogger("mkdocs.plugins.mkdocs_jupyter").setLevel(logging.WARNING)  # a line for each notebook
     try:
         read = catalog.load()
         results = {path.stem: _read_json(path) for path in sorted((ATLAS / "catalog" / "results").glob("*.json"))}
@@ -69,6 +70,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     return config
 
 
+def _fault(config: MkDocsConfig, text: str) -> None:
+    """Stop a strict build. MkDocs itself only counts warnings, and --quiet makes it count none."""
+    if config.strict:
+        raise PluginError(text)
+    log.warning(text)
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -84,9 +92,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     def add(uri: str, **source: Any) -> None:
         files.append(File.generated(config, uri, **source))
 
-    def add_figure(uri: str, data: bytes) -> pages.Figure:
+    def add_figure(uri: str, data: bytes, alt: str = "") -> pages.Figure:
         add(uri, content=data)
-        return pages.Figure(f"/{uri}", *pages.picture_size(data))
+        return pages.Figure(f"/{uri}", *pages.picture_size(data), alt)
 
     methods = _atlas.catalog.methods
     try:
@@ -112,14 +120,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             add(method.snippet, abs_src_path=str(ATLAS / method.snippet))
         path = _notebooks.get(id)
         if path:
+            alt = pages.picture_text(method)
             add(f"methods/{id}.ipynb", abs_src_path=str(path))
             _figures[id] = [
-                (add_figure(f"methods/{id}/figure-{place}.{shown.extension}", shown.data), shown.alt)
-                for place, shown in enumerate(pages.notebook_pictures(path.read_text(encoding="utf-8")), 1)
+                add_figure(f"methods/{id}/figure-{n}.{shown.extension}", shown.data, shown.alt or alt)
+                for n, shown in enumerate(pages.notebook_pictures(path.read_text(encoding="utf-8")), 1)
             ]
         else:
             if method.snippet:
-                log.warning("%s was not executed; its page has no code", method.snippet)
+                _fault(config, f"{method.snippet} was not executed; its page has no code")
             add(f"methods/{id}.md", content="")
 
     add("catalog.json", content=_catalog_json(_atlas))
@@ -156,9 +165,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         id = Path(uri).stem
         code = figure = None
         if uri.endswith(".ipynb"):
-            own = _figures[id]
-            code = pages.notebook(html, _atlas.catalog.methods[id].name, own, _atlas.catalog.methods)
-            figure = own[0][0] if own else None
+            code = pages.notebook(html, _figures[id], _atlas.catalog.methods)
+            figure = next(iter(_figures[id]), None)
         made = pages.method_page(_atlas, id, code, figure)
     else:
         made = _generated.get(page.url)
@@ -177,7 +185,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     )
     page.toc = get_toc(pages.contents(made.html))
     for formula in re.findall(r'class="vx-bad-math" title="([^"]*)">(.*?)</code>', made.html):
-        log.warning("%s: formula %s: %s", uri, formula[1], formula[0])
+        _fault(config, f"{uri}: formula {unescape(formula[1])}: {unescape(formula[0])}")
     return made.html
 
 

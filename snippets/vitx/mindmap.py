@@ -50,11 +50,12 @@ def tree(catalog: Catalog, by: Axis) -> Node:
         for family in catalog.taxonomy.families:
             address, colour = f"/families/{family.id}/", colours[family.id]
             twigs = tuple(
-                Node(term.label, f"{address}#{term.id}", tuple(under[term.id]), colour, term.label_zh)
+                Node(term.label, f"{address}#{term.id}", tuple(under[term.id]), colour, f"{term.label} {term.label_zh}")
                 for term in catalog.taxonomy.subfamilies
                 if term.family == family.id and term.id in under
             )
-            branches.append(Node(family.label, address, twigs, colour, family.label_zh))
+            label = family.label.removesuffix(" methods")  # every branch of the map holds methods
+            branches.append(Node(label, address, twigs, colour, f"{family.label} {family.label_zh}"))
         return Node("ViT explainability", "/families/", tuple(branches), title="All families")
 
     terms = catalog.taxonomy.motivations if by == "motivation" else catalog.taxonomy.tasks
@@ -63,7 +64,7 @@ def tree(catalog: Catalog, by: Axis) -> Node:
         for id in method.motivation.terms if by == "motivation" else method.tasks:
             hanging[id].append(leaf(method))
     branches = [
-        Node(term.label, f"/browse/?{by}={term.id}", tuple(hanging[term.id]), 0, term.label_zh)
+        Node(term.label, f"/browse/?{by}={term.id}", tuple(hanging[term.id]), 0, f"{term.label} {term.label_zh}")
         for term in terms
         if hanging[term.id]
     ]
@@ -108,7 +109,7 @@ def clip(text: str, size: float, room: float) -> str:
 SIZE = (17, 15, 13.5, 13)  # text size of the root, the branches, the twigs and the leaves
 WIDE = 1450  # beyond this width 13 px text falls under 11 px in a window of 1280 px
 NARROW = 328  # width of the content on a phone of 360 px
-ROOMS = (230, 210, 190, 170, 150)  # labels are cut at the first of these widths that keeps the map within WIDE
+ROOMS = range(250, 110, -10)  # labels are cut at the first of these widths that keeps the map within WIDE
 
 
 class Box(NamedTuple):
@@ -131,9 +132,9 @@ def _box_width(node: Node, level: int) -> float:
 
 
 def _fitted(node: Node, room: float, depth: int = 0) -> Node:
-    """The tree with labels below the first level cut to ``room`` pixels; the whole label stays in the title."""
+    """The tree with labels cut to ``room`` pixels (first level: 110 more); the whole label stays in the title."""
     return node._replace(
-        label=clip(node.label, SIZE[_level(node, depth)], room if depth > 1 else NARROW - 24),
+        label=clip(node.label, SIZE[_level(node, depth)], room if depth > 1 else room + 110),
         title=node.title or node.label,
         children=tuple(_fitted(child, room, depth + 1) for child in node.children),
     )

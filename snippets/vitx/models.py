@@ -317,12 +317,14 @@ def _fine_tuned(name: str, blank: VisionTransformer, path: Path, num_classes: in
         raise ModelError(
             f"{path} cannot be read as weights, a state dict in .safetensors or .pth ({_reason(error)})"
         ) from error
-    options: dict = {"num_classes": num_classes or (len(state["head.weight"]) if "head.weight" in state else None)}
-    # A model trained at another picture size has another number of positions.
-    if "pos_embed" in state:
-        patches = state["pos_embed"].shape[1] - (0 if blank.no_embed_class else blank.num_prefix_tokens)
+    options: dict = {"num_classes": num_classes}
+    head, positions = state.get("head.weight"), state.get("pos_embed")
+    if num_classes is None and head is not None and head.ndim == 2:
+        options["num_classes"] = len(head)
+    if positions is not None and positions.ndim == 3:  # a model trained at another picture size has other positions
+        patches = max(0, positions.shape[1] - (0 if blank.no_embed_class else blank.num_prefix_tokens))
         side, size = math.isqrt(patches), blank.patch_embed.img_size[0]
-        if side**2 == patches:
+        if side and side**2 == patches:
             options["img_size"] = size // blank.patch_embed.grid_size[0] * side
     model = _create(name, **options)
     expected = {key: _shape(tensor) for key, tensor in model.state_dict().items()}
@@ -354,7 +356,7 @@ def _pretrained(name: str) -> VisionTransformer:
                 # timm would come to the hub's cache too, but after a minute of retries.
                 overlay = {"file": _hub_cache(source.hf_hub_id, source.hf_hub_filename)}
             return _create(name, pretrained=True, pretrained_cfg_overlay=overlay)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the hub, its HTTP library, timm or safetensors
         raise ModelError(
             f"the weights of {name} could not be fetched from the model hub ({_reason(error)}); "
             f"{', '.join(BUNDLED[:-1])} and {BUNDLED[-1]} need no hub"

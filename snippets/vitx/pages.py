@@ -57,11 +57,12 @@ NEIGHBOURS = 20  # methods listed beside a method page, on each side of it: keep
 
 
 class Figure(NamedTuple):
-    """A picture of the site: its address from the root, its size in pixels."""
+    """A picture of the site: its address from the root, its size in pixels, what is seen on it."""
 
     src: str
     width: int
     height: int
+    alt: str = ""
 
 
 class Page(NamedTuple):
@@ -248,10 +249,10 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], label: str, class
     )
 
 
-def picture(figure: Figure, alt: str, caption: str = "", *, wide: bool = False) -> str:
+def picture(figure: Figure, caption: str = "", *, wide: bool = False) -> str:
     """A figure; ``wide`` ones scroll inside themselves on a small screen and open at full size."""
     image = (
-        f'<img src="{escape(figure.src)}" width="{figure.width}" height="{figure.height}" alt="{escape(alt)}" '
+        f'<img src="{escape(figure.src)}" width="{figure.width}" height="{figure.height}" alt="{escape(figure.alt)}" '
         'loading="lazy">'
     )
     if wide:
@@ -294,15 +295,17 @@ def heading(level: int, id: str, text: str, zh: str = "") -> str:
     return f'<h{level} id="{id}">{escape(text)}{beside}{anchor}</h{level}>'
 
 
-def provenance(result: Mapping[str, Any] | None) -> str:
+def provenance(result: Mapping[str, Any]) -> str:
     """Where numbers come from, in one small line."""
-    facts = (result or {}).get("provenance") or {}
-    said = ", ".join(f"{escape(str(key))} {escape(_plain(value))}" for key, value in facts.items())
-    return f'<p class="vx-small">Provenance: {said}.</p>' if said else ""
+    facts = result.get("provenance") or {}
+    said = "; ".join(f"{escape(str(key))} {escape(_plain(value))}" for key, value in facts.items())
+    return f'<p class="vx-small">Measured: {said}.</p>' if said else ""
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(below)}" for key, below in value.items())
+    return str(value)
 
 
 def grade_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
@@ -322,13 +325,22 @@ def grade_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
     def name(id: str) -> str:
         return escape(BASELINES[id]) if id in BASELINES else method_link(atlas, id)
 
-    def bar(value: float) -> str:
+    def bar(value: float | None) -> str:
+        if value is None:
+            return "not defined"
         width = 100 * min(max(value, 0), 1)
         return f'<span class="vx-bar" style="--value:{width:.1f}%">{value:.3f}</span>'
 
-    heads = ("Method", "Relevance inside the object", "Pointing game", "Scenes")
+    heads = ("Method", "Relevance inside the object", "Pointing game", "On the creature asked about", "Scenes")
     cells = [
-        (name(row["method"]), bar(row["mass_inside"]), bar(row["pointing_game"]), str(row["scenes"])) for row in rows
+        (
+            name(row["method"]),
+            bar(row["mass_inside"]),
+            bar(row["pointing_game"]),
+            bar(row.get("mass_on_target")),
+            number(row["scenes"]),
+        )
+        for row in rows
     ]
     return table(heads, cells, "Localisation on glyph scenes", "vx-grades") + provenance(atlas.results["glyph"])
 
@@ -482,13 +494,7 @@ def method_page(atlas: Atlas, id: str, code: str | None, figure: Figure | None =
         f'<p class="vx-lead">{inline(method.motivation.text)}</p>',
     ]
     if figure:
-        caption = f"Output of the code below, on the <code>{escape(method.model)}</code> model."
-        alt = (
-            f"{method.name}: the input picture and what the method returns for it, as relevance drawn over the picture"
-            if method.output == "heatmap"
-            else f"{method.name}: the input picture and what the method returns for it"
-        )
-        parts.append(picture(figure, alt, caption))
+        parts.append(picture(figure, "Output of the code below."))
     parts += [
         _card(atlas, method),
         heading(2, "mechanism", "Mechanism"),
@@ -506,7 +512,7 @@ def method_page(atlas: Atlas, id: str, code: str | None, figure: Figure | None =
             heading(2, "correct", "How correct is proven"),
             _proof(atlas, method),
         ]
-        if method.output == "heatmap":
+        if method.output == "heatmap" or id in atlas.grades:
             parts += [
                 heading(2, "ground-truth", "Ground truth in the glyph world"),
                 "<p>Share of the positive relevance that falls on the object, and how often the highest value does. "
@@ -556,17 +562,24 @@ def notebook_pictures(text: str) -> list[Picture]:
     return found
 
 
+def picture_text(method: Method) -> str:
+    """What is seen on a picture that the method's snippet has shown."""
+    if method.output == "heatmap":
+        return f"{method.name}: pictures, each beside the relevance that the method gives, drawn over the picture"
+    return f"{method.name}: pictures, each beside what the method gives for it"
+
+
 def picture_size(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels of a PNG or JPEG file."""
     with Image.open(BytesIO(data)) as image:
         return image.size
 
 
-def notebook(html: str, name: str, figures: Sequence[tuple[Figure, str]], ids: Iterable[str] = ()) -> str:
+def notebook(html: str, figures: Iterable[Figure], ids: Iterable[str] = ()) -> str:
     """What mkdocs-jupyter made of an executed snippet, reduced to what this site's own style shows.
 
     Its half megabyte of styles, its scripts and its hidden copies of the code are dropped; formulas become MathML;
-    embedded pictures become files (``figures``, with alternative texts, in order); headings move one level down and
+    embedded pictures become files (``figures``, in order); headings move one level down and
     the first, which repeats the title, goes; a code span that is one of ``ids`` links to that method.
     """
     known = set(ids)
@@ -607,8 +620,7 @@ def notebook(html: str, name: str, figures: Sequence[tuple[Figure, str]], ids: I
             parts.append(f'<div class="highlight language-python"><pre><code>{inner}</code></pre></div>')
         for output in cell.select(".jp-OutputArea-output"):
             if output.find("img") is not None:
-                figure, alt = next(pictures)
-                parts.append(picture(figure, alt or f"Output of the {name} snippet"))
+                parts.append(picture(next(pictures)))
             elif "stderr" not in str(output.get("data-mime-type")) and output.get_text().strip():
                 block = output.find("pre")
                 text = (block or output).get_text().strip("\n")
@@ -718,7 +730,8 @@ def family_page(atlas: Atlas, family: Term) -> Page:
             f"Rows are photographs, columns are the heat-map methods of the family {family.label}; each cell shows "
             "the relevance that the method gives to the predicted class, drawn over the photograph"
         )
-        parts.append(picture(figure, alt, "The family's heat-map methods on photographs.", wide=True))
+        caption = "The family's heat-map methods on photographs."
+        parts.append(picture(figure._replace(alt=alt), caption, wide=True))
     for term in branches:
         below = atlas.members.get(term.id)
         parts += [
@@ -913,9 +926,9 @@ _FIGURES = {
         "The <code>photo</code> model on photographs.",
     ),
     "compare-glyph": (
-        "Rows are glyph scenes, columns are the scene, the mask of the object that decides the class, and methods; "
-        "each cell shows the relevance that the method gives, drawn over the scene",
-        "The <code>glyph</code> model on scenes whose evidence is known.",
+        "Each row is a glyph scene with two creatures, asked about one of them; columns are the scene, the truth, and "
+        "methods; each cell shows the relevance that the method gives, drawn over the scene",
+        "The <code>glyph</code> model on scenes whose evidence is known; each is asked about twice.",
     ),
 }
 
@@ -926,7 +939,7 @@ def insert(atlas: Atlas, name: str) -> str:
         alt, caption = _FIGURES[name]
         figure = atlas.figures.get(name)
         missing = '<p class="vx-missing">Not drawn yet.</p>'
-        return picture(figure, alt, caption, wide=True) if figure else missing
+        return picture(figure._replace(alt=alt), caption, wide=True) if figure else missing
     inserts = {
         "mindmap": lambda: map_html(atlas, "family"),
         "counts": lambda: f"<p>{counts(atlas)}</p>",

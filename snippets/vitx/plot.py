@@ -80,6 +80,8 @@ def explanation(result: Any, picture: np.ndarray, title: str = "", row: int = 0)
     if isinstance(result, Tensor):
         return grid([[Cell(picture, None), Cell(picture, result[row], title)]], cell=3)
     cells = [Cell(picture, None), Cell(picture, result.heatmap()[row], title)]
+    if hasattr(result, "words"):  # image and text: the words as bars beside the map
+        return _with_words(cells, result.words[row], result.text[row])
     if hasattr(result, "alive"):  # selection: dim what has been dropped, wherever that changed
         alive = result.alive[row].float()  # (L, gh, gw)
         changed = [i for i in range(len(alive)) if not i or (alive[i] != alive[i - 1]).any()]
@@ -93,6 +95,21 @@ def explanation(result: Any, picture: np.ndarray, title: str = "", row: int = 0)
             for k in strongest
         ]
     return grid([cells], cell=2.4)
+
+
+def _with_words(cells: list[Cell], words: Sequence[str], relevance: Tensor) -> Figure:
+    """The cells, and a bar for each word as long as its relevance (L,)."""
+    figure = Figure(figsize=(3 * len(cells) + 2.4, 3.2), layout="constrained")
+    *places, bars = figure.subplots(1, len(cells) + 1)
+    for place, entry in zip(places, cells, strict=True):
+        overlay(place, *entry)
+    labels = [f"{position + 1} {word}" for position, word in enumerate(words)]  # a word may come twice
+    bars.barh(labels, relevance[: len(words)].tolist(), color="#b5512f")
+    bars.invert_yaxis()
+    bars.tick_params(labelsize=7, length=0)
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.set_title("relevance of the words", fontsize=8, pad=3)
+    return figure
 
 
 def _hide(picture: np.ndarray, alive: Tensor) -> np.ndarray:

@@ -8,14 +8,16 @@ from scipy.linalg import eigh
 ID = "tokencut"
 
 
-def test_the_generalised_eigenproblem(proof):
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_generalised_eigenproblem(centred, proof):
     """scipy solves (D - E) y = lambda D y as the paper states it, on keys from the loops."""
     model = tiny(3, img_size=(40, 48))
     x = pictures(model, 3)
-    ours = vitx.load(ID)(model, x)
+    ours = vitx.load(ID)(model, x, centred=centred)
     errors = []
     for index, image in enumerate(x):
         keys = twin_forward(model, image)[0][-1]["qkv"][1:, 8:16]
+        keys = keys - keys.mean(0) if centred else keys
         n = len(keys)
         edges = np.empty((n, n))
         for i in range(n):
@@ -77,5 +79,21 @@ def test_only_one_connected_part_is_the_object():
 def test_a_graph_without_a_cut_is_refused():
     model, x = two_regions()
     x[:] = 1
-    with pytest.raises(ValueError, match=r"tau = 0\.2 joins all patches of picture 0"):
-        vitx.load(ID)(model, x)
+    for centred in (False, True):
+        with pytest.raises(ValueError, match=r"tau = 0\.2 joins all patches of picture 0, or none"):
+            vitx.load(ID)(model, x, centred=centred)
+
+
+def test_the_keys_of_photo_have_no_cut_as_published():
+    """What the page says of the keys of `photo`, and why the default subtracts their mean."""
+    from vitx import images, models, vit
+
+    loaded = models.load("photo")
+    x = torch.stack([loaded.preprocess(images.open_image(name)) for name in images.PHOTOGRAPHS])
+    with torch.no_grad(), vit.capture(loaded.model, "attn.qkv") as record:
+        loaded.model(x)
+    keys = torch.nn.functional.normalize(record["attn.qkv"][-1][:, 1:].chunk(3, -1)[1], dim=-1)
+    assert (keys @ keys.transpose(1, 2)).min() > 0.6
+    with pytest.raises(ValueError, match="has no cut"):
+        vitx.load(ID)(loaded.model, x, centred=False)
+    assert (vitx.load(ID)(loaded.model, x) > 0).any()

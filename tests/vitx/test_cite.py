@@ -99,6 +99,7 @@ ODD = [
 def test_bibtex_titles_survive(title):
     ((kind, key, fields),) = read_bibtex(cite.bibtex([method(title=title)]))
     assert (kind, key) == ("misc", "a-method")
+    assert not re.search(r"(?<!\\)[&%$#_]|\^(?!\{)", fields["title"])  # each would be a command to LaTeX
     expected = unicodedata.normalize("NFC", title).replace("‘", "`").replace("’", "'")
     assert from_latex(fields["title"]) == expected
 
@@ -110,6 +111,7 @@ def test_bibtex_is_ascii_for_european_names():
     assert from_latex(fields["author"]).split(" and ")[2:] == ["Łoś, François", "Bjørn, Åse", "Weiß, Í."]
     assert r"M{\"{u}}ller, {\v{Z}}aneta" in fields["author"]
     assert r"Wei{\ss}, {\'{I}}." in fields["author"]
+    assert r"title = {Na{\"{\i}}ve}" in cite.bibtex([method(title="Naïve")])
 
 
 def test_capitals_that_styles_would_lower_are_braced():

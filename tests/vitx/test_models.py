@@ -42,7 +42,7 @@ def same(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
 def test_preprocess_shows_the_centre_square():
     picture = np.zeros((20, 60, 3), np.uint8)
     picture[:, 20:40] = (255, 0, 51)  # the centre square
-    tensor = Preprocess(40, (0.5, 0.5, 0.5), (0.25, 0.5, 0.1))(Image.fromarray(picture))
+    tensor = Preprocess(40, (0.5, 0.2, 0.5), (0.25, 0.2, 0.1))(Image.fromarray(picture))
     assert tensor.shape == (3, 40, 40)
     inside = tensor[:, 5:-5, 5:-5]  # bicubic enlargement blurs the edge
     torch.testing.assert_close(inside, torch.tensor([2.0, -1.0, -3.0])[:, None, None].expand_as(inside))
@@ -74,7 +74,7 @@ def test_glyph_is_a_plain_timm_model_that_knows_its_creatures():
     assert type(model) is VisionTransformer
     assert not model.training
     assert class_names == glyphs.CLASS_NAMES
-    scenes = glyphs.scenes(32, seed=20_261_122)
+    scenes = glyphs.scenes(32, seed=20)  # training keeps to seeds from a million on
     pictures = [Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()) for image in scenes.images]
     with torch.inference_mode():
         predicted = model(torch.stack([preprocess(picture) for picture in pictures])).argmax(-1)
@@ -169,6 +169,9 @@ def test_a_checkpoint_that_does_not_fit_says_what_is_wrong(tmp_path, tiny):
     message = refusal(TINY, path, 5)
     assert f"lacks {', '.join(list(tiny)[5:8])} and {len(tiny) - 8} more" in message
     assert f"has the unknown {', '.join(sorted(other)[:3])} and" in message
+    for odd in (torch.zeros(3), torch.zeros(()), torch.zeros(1, 0, 192)):
+        save_file(tiny | {"pos_embed": odd, "head.weight": odd.clone()}, path)
+        assert "pos_embed" in refusal(TINY, path)
     save_file(tiny, path)
     assert "cls_token 1x1x192 for 1x1x384" in refusal("vit_small_patch16_224", path, 5)
 

@@ -356,6 +356,7 @@ def test_grades_are_sorted_and_ignore_methods_that_left_the_catalogue() -> None:
     places = [html.index(name) for name in ("object mask", "Method 1", "Method 0", "Random map")]
     assert places == sorted(places)
     assert "0.99" not in html
+    assert "not defined" in html
 
 
 def test_browse_rows_carry_every_facet_of_the_form() -> None:
@@ -389,15 +390,15 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_notebook_is_reduced_to_its_content(rendered: str) -> None:
-    figure = pages.Figure("/methods/m-0/figure-1.png", 4, 3)
-    html = pages.notebook(rendered, "Method 0", [(figure, "")], {"m-1"})
+    figure = pages.Figure("/methods/m-0/figure-1.png", 4, 3, "What is seen")
+    html = pages.notebook(rendered, [figure], {"m-1"})
     parsed = Elements(html)
     assert not parsed.faults
     assert len(rendered) > 100_000 > 10_000 > len(html)
     assert not {"script", "style", "svg", "h1", "clipboard-copy"} & {tag for tag, _ in parsed.tags}
     assert "data:image" not in html
     assert 'src="/methods/m-0/figure-1.png"' in html
-    assert parsed.all("img", "alt") == ["Output of the Method 0 snippet"]
+    assert parsed.all("img", "alt") == ["What is seen"]
     assert html.count("<math") == 2
     assert '<h3 id="the-equation">The equation</h3>' in html
     assert '<a href="/methods/m-1/"><code>m-1</code></a>' in html
