@@ -85,8 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=ATLAS, help="folder with snippets/ and catalog/ to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--crops", type=int, default=1000, help="steps on crops")
-    parser.add_argument("--scenes", type=int, default=400, help="steps on full scenes")
+    parser.add_argument("--crops", type=int, default=600, help="steps on crops")
+    parser.add_argument("--scenes", type=int, default=250, help="steps on full scenes")
     parser.add_argument("--test", type=int, default=2000, help="unseen scenes of each kind that measure")
     arguments = parser.parse_args()
     steps = arguments.crops + arguments.scenes

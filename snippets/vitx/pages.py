@@ -788,8 +788,7 @@ def browse_page(atlas: Atlas) -> Page:
     heads = ("Method", "Year", "Family", "Motivation", "Task", "Needs", "Class-specific", "Gives", "In survey")
     html = (
         "<h1>Browse</h1>"
-        '<noscript><p class="vx-small">Filtering needs JavaScript. The table below is complete without it.</p>'
-        "</noscript>"
+        '<p class="vx-small vx-no-script">Filtering needs JavaScript. The table below is complete without it.</p>'
         f'<div class="vx-browse">{_facets(atlas, methods)}<div>'
         f'<p role="status" class="vx-count">{_methods(len(methods))}</p>'
         '<div class="vx-scroll" tabindex="0" role="region" aria-label="Methods">'

@@ -162,6 +162,18 @@ def test_two_creatures_overlap_little():
     assert visible.mean() > 0.97
 
 
+def test_what_the_second_creature_hides_is_not_visible():
+    scenes = glyphs.scenes(8, 18, creatures=2)
+    centres = scenes.parameters.centres
+    centres = torch.stack([centres[:, 0], centres[:, 0] + 8], 1).clamp(30, 82)
+    crowded = glyphs.render(scenes.parameters._replace(centres=centres), scenes.labels)
+    for column, part in enumerate(glyphs.PARTS):
+        mask = crowded.part_masks[:, 0, column]
+        changed = (glyphs.without_part(crowded, part) != crowded.images).any(1)
+        assert not (changed & ~mask).any()
+        assert (changed & mask).sum() > 0.9 * mask.sum(), part
+
+
 def test_captions_name_the_variants():
     scenes = glyphs.scenes(40, 13, creatures=2)
     for caption, labels in zip(glyphs.captions(scenes), scenes.labels.tolist(), strict=True):
