@@ -14,7 +14,7 @@ site: $(READY)
 serve: $(READY)
 	$(BIN)/mkdocs serve
 
-# .ci/browser.sh says where a Chromium is, or that the tests in a browser are left out and why.
+# .ci/browser.py says where a Chromium is, or that the tests in a browser are left out and why.
 test: $(READY) lint
 	@$(BIN)/python .ci/browser.py
 	$(BIN)/vitx check
@@ -24,8 +24,9 @@ test: $(READY) lint
 proofs: $(READY)
 	$(BIN)/pytest --numprocesses 2 --dist loadgroup --write-proofs
 
+# All figures from the methods as they are now, and the README's picture from one of them.
 figures: $(READY)
-	$(BIN)/python -c "from vitx import execute; print(*execute.figures().values(), sep='\n')"
+	$(BIN)/python -m vitx.execute docs/assets/comparison.jpg
 
 bench: $(READY)
 	$(BIN)/vitx bench

@@ -1,6 +1,7 @@
 """vitx: an executable atlas of Vision Transformer explainability.
 
-``vitx.load("attention-rollout")`` gives the method's ``explain(model, images, target=None)``. Importing vitx imports no torch.
+``vitx.load("attention-rollout")`` gives the method's ``explain(model, images, target=None)``.
+Importing vitx imports no torch.
 """
 
 import importlib.util
@@ -28,7 +29,8 @@ def load_module(id: str) -> ModuleType:
 
         path = catalog.snippet_path(id)
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         try:

@@ -209,3 +209,11 @@ def _maps(id: str, world: str) -> "Tensor":
         maps = compare.photograph_maps(id) if world == "photo" else compare.scene_maps(id)
         _keep(path, save({"maps": maps.contiguous()}), f"{id}-{world}-{'?' * 16}.safetensors")
     return load_file(path)["maps"]
+
+
+if __name__ == "__main__":  # make figures: all of them, and a copy of the first for the README
+    import sys
+
+    for name, path in figures().items():
+        print(f"{name}: {path}")
+    Path(sys.argv[1]).write_bytes(figures()["compare-photo"].read_bytes())
