@@ -146,7 +146,8 @@ def load_pretrained(path) -> ConceptTransformer:
 # What the small model cannot show: its concepts come from the generator that also defines the classes, and every patch is
 # annotated, so it says nothing about concepts that people name on photographs, or that are missing from the list. The
 # contributions are exact for the head only: how the backbone came to see a forked tail in a patch is not explained, and its
-# tokens have seen the whole picture.
+# tokens have seen the whole picture. A head that is linear in what it saw also has a price: the model card of concept-glyph
+# beside that of glyph shows it, most of all for scenes with two creatures, whose parts the sum over patches mixes.
 
 # %%
 if __name__ == "__main__":
@@ -165,7 +166,7 @@ if __name__ == "__main__":
         for row, label in enumerate(scene.labels[0].tolist()):
             scores = found.scores[row]
             plot.overlay(axes[row, 0], picture, None, "the picture")
-            plot.overlay(axes[row, 1], picture, heat[row], f"all that speaks for {glyphs.CLASS_NAMES[label]}")
+            plot.overlay(axes[row, 1], picture, heat[row], f"for and against {glyphs.CLASS_NAMES[label]}")
             of_class = {3 * part + variant for part, variant in enumerate(glyphs.CLASS_PARTS[label])}
             colours = ["#b5512f" if concept in of_class else "#9aa5ad" for concept in range(len(scores))]
             axes[row, 2].barh(found.names, scores.tolist(), color=colours)

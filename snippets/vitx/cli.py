@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -40,13 +39,7 @@ Device = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence and exit code 2 (VITX_DEBUG=1: in a traceback)."""
     try:
-        status = app(standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        app()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
         sys.exit(0)
@@ -333,14 +326,14 @@ def bench(
 @app.command()
 def check(
     run: Annotated[bool, typer.Option("--run", help="Also execute every snippet that has changed.")] = False,
-) -> int:
+) -> None:
     """Check the catalogue and what belongs to it; every problem is one line with file and line."""
     problems = catalog.check()
     for problem in problems:
         typer.echo(problem)
     if problems:
         typer.echo(f"{len(problems)} problem{'s' * (len(problems) > 1)}", err=True)
-        return 1
+        raise typer.Exit(1)
     methods = catalog.load().methods
     console.print(f"{len(methods)} methods, no problems", highlight=False)
     if run:
@@ -348,7 +341,6 @@ def check(
 
         notebooks = execute.notebooks([id for id, method in methods.items() if method.snippet])
         console.print(f"{len(notebooks)} snippets run", highlight=False)
-    return 0
 
 
 @app.command()

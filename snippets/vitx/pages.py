@@ -588,7 +588,7 @@ def notebook(html: str, figures: Iterable[Figure], ids: Iterable[str] = ()) -> s
     parts: list[str] = []
     pictures = iter(figures)
     seen_title = False
-    taken = dict.fromkeys(_SECTIONS, 1)  # ids of headings
+    taken: dict[str, int] = dict.fromkeys(_SECTIONS, 1)  # ids of headings
     for cell in soup.select(".jp-Notebook > .jp-Cell"):
         prose = cell.select_one(".jp-RenderedMarkdown")
         if prose is not None:

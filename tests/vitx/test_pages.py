@@ -409,9 +409,7 @@ def test_a_notebook_is_reduced_to_its_content(rendered: str) -> None:
 
 def test_headings_of_a_notebook_do_not_take_the_ids_of_the_page() -> None:
     cell = '<div class="jp-Notebook"><div class="jp-Cell"><div class="jp-RenderedMarkdown">{}</div></div></div>'
-    html = pages.notebook(
-        cell.format('<h2 id="cite">Cite</h2><h2 id="a">A</h2><h2 id="a">A</h2><h2 id="">引</h2>'), "", []
-    )
+    html = pages.notebook(cell.format('<h2 id="cite">Cite</h2><h2 id="a">A</h2><h2 id="a">A</h2><h2 id="">引</h2>'), [])
     assert re.findall('id="(.*?)"', html) == ["cite-2", "a", "a-2", "part"]
 
 
