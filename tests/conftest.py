@@ -56,6 +56,12 @@ def few_threads() -> None:
     torch.set_num_threads(1)  # the suite runs on all cores by processes
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "site":
+            item.add_marker(pytest.mark.xdist_group("site"))  # one worker builds the site, and only once
+
+
 _rows: list[dict[str, Any]] = []
 
 

@@ -298,7 +298,7 @@ def heading(level: int, id: str, text: str, zh: str = "") -> str:
 def provenance(result: Mapping[str, Any]) -> str:
     """Where numbers come from, in one small line."""
     facts = result.get("provenance") or {}
-    said = "; ".join(f"{escape(str(key))} {escape(_plain(value))}" for key, value in facts.items())
+    said = "; ".join(f"{escape(str(key))} {escape(_plain(value))}" for key, value in facts.items() if value)
     return f'<p class="vx-small">Measured: {said}.</p>' if said else ""
 
 
@@ -515,7 +515,8 @@ def method_page(atlas: Atlas, id: str, code: str | None, figure: Figure | None =
         if method.output == "heatmap" or id in atlas.grades:
             parts += [
                 heading(2, "ground-truth", "Ground truth in the glyph world"),
-                "<p>Share of the positive relevance that falls on the object, and how often the highest value does. "
+                "<p>How much of the relevance falls on the creature that decides the class, in scenes of one "
+                "creature and of two. "
                 '<a href="/how-to-read/#numbers">How to read these numbers</a>.</p>',
                 grade_table(atlas, [id]),
             ]
