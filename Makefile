@@ -8,7 +8,7 @@ export PYTHONHASHSEED := 0
 .PHONY: site serve test proofs figures bench lock lint clean
 
 site: $(READY)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet, which would hide warnings from --strict
 	@echo "site/index.html is ready: open it in a browser"
 
 serve: $(READY)
