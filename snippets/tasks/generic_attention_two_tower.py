@@ -43,7 +43,6 @@ class TextTower(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, outputs)
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.grad_checkpointing, self.attn_pool = False, None  # vitx.vit.capture asks for them
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Token ids (B, L), L that of the longest caption. ValueError for an unknown word, naming the nearest."""
@@ -148,7 +147,7 @@ def explain(
         )
     check(model.image, images, class_token=True)
     tokens = _tokens(model, images, target).to(images.device)  # (B, L)
-    with torch.enable_grad(), capture(model.image, "attention") as image, capture(model.text, "attention") as text:  # pyright: ignore[reportArgumentType]
+    with torch.enable_grad(), capture(model.image, "attention") as image, capture(model.text, "attention") as text:
         similarity = model.similarity(images, tokens).diagonal()  # (B,): each picture with its own caption
         require_finite(model, similarity)
         weights = [*image["attention"], *text["attention"]]
