@@ -1,0 +1,208 @@
+"""A tiny atlas with odd and hostile text in every field, and its site.
+
+``python tests/site/tiny.py FOLDER`` builds the site into FOLDER/site without torch: executed notebooks, figures and
+results are made up here. Other tests take ``catalog()`` from this file with runpy.
+"""
+
+import json
+import sys
+import types
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+from vitx.schema import Catalog, Code, Method, ModelCard, Motivation, Paper, Relation, Subfamily, Taxonomy, Term
+
+ROOT = Path(__file__).resolve().parents[2]
+# What must come out as text wherever it goes in. 不 and é check that unicode survives.
+NASTY = """<img src=x onerror="alert(1)"><script>alert(2)</script> '" & &lt; </title> {{ 7*7 }} 不 é"""
+NASTY_MARKDOWN = (
+    NASTY + " [press](javascript:alert(3)) [me](java&#115;cript:alert(4)) ![](https://elsewhere.example/x.png)"
+)
+
+
+def _terms(nasty: str, *ids: str) -> tuple[Term, ...]:
+    return tuple(
+        Term(id=id, label=id.title() + nasty, label_zh="中" + nasty, order=place, definition="About " + id + nasty)
+        for place, id in enumerate(ids)
+    )
+
+
+def catalog(count: int = 4, nasty: str = NASTY) -> Catalog:
+    """``count`` methods, at least four, in two families and four branches. The first three have a snippet."""
+    families = _terms(nasty, "attribution", "attention")
+    branches = tuple(
+        Subfamily(**term.model_dump(), family=family)
+        for family, ids in (("attribution", ("gradient", "occlusion")), ("attention", ("weights", "flow")))
+        for term in _terms(nasty, *ids)
+    )
+    taxonomy = Taxonomy(
+        families=families,
+        subfamilies=branches,
+        motivations=_terms(nasty, "faithfulness", "speed"),
+        tasks=_terms(nasty, "classification", "detection"),
+        needs=_terms(nasty, "forward-pass", "gradients"),
+        outputs=_terms(nasty, "heatmap", "boxes"),
+    )
+
+    def method(place: int) -> Method:
+        branch = branches[place % 4]
+        return Method(
+            id=f"m-{place}",
+            name=f"Method {place}{nasty}",
+            paper=Paper(
+                title=f"On {place}{nasty}",
+                authors=("Lovelace" + nasty, "Turing, Alan", "others"),
+                year=2010 + place % 15,
+                venue="Journal" + nasty,
+                arxiv="2005.00928",
+                doi="10.1000/a;b'c(1)",
+                url=None,
+            ),
+            code=Code(url="https://code.example/a&b", licence="MIT" + nasty) if place % 2 else None,
+            family=branch.family,
+            subfamily=branch.id,
+            motivation=Motivation(
+                terms=("faithfulness", "speed")[: 1 + place % 2], text="Because. " + (NASTY_MARKDOWN if nasty else "")
+            ),
+            tasks=("classification",) if place % 3 else ("classification", "detection"),
+            needs=("forward-pass",) if place % 2 else ("gradients",),
+            class_specific=(True, False, None)[place % 3],
+            output="heatmap",
+            mechanism="Take $a<b$ and $$\\bar A = \\tfrac12 A$$ as in `m-0`. " + (NASTY_MARKDOWN if nasty else ""),
+            relations=(Relation(type="extends", id="m-0"),) if 0 < place < 4 else (),
+            in_survey=("yes", "no", "unknown")[place % 3],
+            snippet=f"snippets/{branch.family}/m_{place}.py" if place < 3 else None,
+            why_no_snippet=None if place < 3 else "Nobody wrote it." + nasty,
+            sources=("seen" + nasty,),
+            note="Note. " + nasty if place % 2 else None,
+        )
+
+    card = ModelCard(
+        id="glyph",
+        name="Glyph" + nasty,
+        architecture="a" + nasty,
+        parameters=10,
+        input_size=112,
+        classes=2,
+        licence="MIT",
+        training="t" + nasty,
+        command="python train.py" + nasty,
+        seed=0,
+        minutes=1.5,
+        sha256="0" * 64,
+        metrics={"top1": 0.98},
+        limits="l" + nasty,
+        source="s" + nasty,
+    )
+    order = [branch.id for branch in branches]
+    methods = sorted(map(method, range(count)), key=lambda one: (order.index(one.subfamily), one.paper.year, one.id))
+    return Catalog(taxonomy, {one.id: one for one in methods}, {"glyph": card})
+
+
+def png() -> bytes:
+    """A grey picture of 4 x 3 pixels."""
+    buffer = BytesIO()
+    Image.new("L", (4, 3), 128).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def notebook() -> str:
+    """An executed snippet, as the text of an .ipynb."""
+    from base64 import b64encode
+
+    from nbformat import v4, writes
+
+    markdown = (
+        "# Title\nSee `m-1`; $x_i < 1$ and\n\n$$\\sum_i x_i$$\n\n## The equation\n\nA [link](/methods/m-1/#cite)."
+    )
+    source = 'def explain(model, images, target=None):\n    return "a < b" and {"href": "/x/"}'
+    outputs = [
+        v4.new_output("stream", name="stdout", text="predicted <b>star</b> & more\n"),
+        v4.new_output("stream", name="stderr", text="a warning with a /private/path\n"),
+        v4.new_output("display_data", {"image/png": b64encode(png()).decode(), "text/plain": "<Figure>"}),
+    ]
+    book = v4.new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": ""}})
+    book.cells = [
+        v4.new_markdown_cell(markdown, id="one"),
+        v4.new_code_cell(source, id="two"),
+        v4.new_code_cell("demo()", id="three", execution_count=1, outputs=outputs),
+    ]
+    return writes(book)
+
+
+def results() -> dict:
+    grades = [("random", 0.1), ("object-mask", 0.9), ("m-0", 0.5), ("m-1", 0.7)]
+    return {
+        "glyph": {
+            "provenance": {"date": "2026-01-01" + NASTY},
+            "rows": [
+                {"method": id, "mass_inside": value, "pointing_game": value, "mass_on_target": None, "scenes": 64}
+                for id, value in grades
+            ],
+        },
+        "proof": {
+            "provenance": {},
+            "rows": [
+                {
+                    "method": "m-0",
+                    "check": "uniform" + NASTY,
+                    "oracle": "paper" + NASTY,
+                    "kind": kind,
+                    "value": 1e-17,
+                    "bound": 1e-6,
+                    "passed": kind == "contract",
+                }
+                for kind in ("parity", "contract")
+            ],
+        },
+    }
+
+
+def build(folder: Path, fault: str = "") -> None:
+    """Build the site with the real hooks, theme and prose, and with this catalogue in place of the real one.
+
+    ``fault``: "notebook" leaves out the notebook of m-0, "result" truncates results/glyph.json.
+    """
+    import vitx
+    import vitx.catalog
+
+    atlas = folder / "atlas"
+    (atlas / "catalog" / "results").mkdir(parents=True)
+    (atlas / "catalog" / "schema").mkdir()
+    for kind in ("method", "taxonomy", "model"):
+        (atlas / "catalog" / "schema" / f"{kind}.json").write_text("{}")
+    for name, result in results().items():
+        (atlas / "catalog" / "results" / f"{name}.json").write_text(json.dumps(result))
+    if fault == "result":
+        (atlas / "catalog" / "results" / "glyph.json").write_text("{")
+    (atlas / "CITATION.cff").write_text(
+        'title: "vitx: an atlas"\nauthors:\n  - name: Us\nversion: 0.1.0\ndate-released: "2026-01-01"\n'
+    )
+    content = catalog()
+    notebooks = {}
+    for id, method in content.methods.items():
+        if method.snippet:
+            (atlas / method.snippet).parent.mkdir(parents=True, exist_ok=True)
+            (atlas / method.snippet).write_text("pass\n")
+            if (fault, id) != ("notebook", "m-0"):
+                notebooks[id] = folder / f"{id}-executed.ipynb"
+                notebooks[id].write_text(notebook())
+    picture = folder / "figure.png"
+    picture.write_bytes(png())
+
+    execute = types.ModuleType("vitx.execute")
+    execute.notebooks = lambda ids: notebooks  # type: ignore[attr-defined]
+    execute.figures = lambda: {"compare-photo": picture}  # type: ignore[attr-defined]
+    execute.ExecutionError = RuntimeError  # type: ignore[attr-defined]
+    sys.modules["vitx.execute"] = vitx.execute = execute  # type: ignore[attr-defined]
+    vitx.ATLAS = atlas
+    vitx.catalog.load = lambda *_: content
+
+    from mkdocs.__main__ import cli
+
+    cli(["build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "-d", str(folder / "site")])
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), *sys.argv[2:])
