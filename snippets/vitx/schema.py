@@ -79,6 +79,30 @@ class Relation(_Record):
     id: Id = Field(description="Id of the other entry.")
 
 
+class Difference(_Record):
+    """One place where the authors' code does not do what their paper says."""
+
+    paper: Text = Field(description="What the paper says, with its section or equation.")
+    code: Text = Field(description="What the code does, in fact and without judgement.")
+    repository: Url = Field(description="Repository that was read.")
+    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{7,40}$")] = Field(
+        description="Commit that was read, in quotes."
+    )
+    function: Text = Field(description="File and function, such as ViT_LRP.py: VisionTransformer.relprop.")
+    options: dict[Text, str | int | float | bool] | None = Field(
+        description="Arguments of explain that do what the code does; vitx bench --differences measures their effect."
+    )
+    why_not_measured: Text | None = Field(
+        default=None, description="Reason where there is no such option. Exactly one of the two is given."
+    )
+
+    @model_validator(mode="after")
+    def _option_or_reason(self) -> "Difference":
+        if (self.options is None) == (self.why_not_measured is None):
+            raise ValueError("give exactly one of options and why_not_measured")
+        return self
+
+
 class Method(_Record):
     """One surveyed work: catalog/methods/<family>/<id>.yml."""
 
@@ -113,6 +137,13 @@ class Method(_Record):
         description="Reason, in one sentence, where there is no snippet. Exactly one of the two is given.",
     )
     model: Id = Field(default="glyph", description="Model on which the snippet runs when none is named.")
+    passes: Text | None = Field(
+        default=None,
+        description='Passes through the model that the mathematics needs, such as "1 forward, 1 backward".',
+    )
+    differences: Annotated[tuple[Difference, ...], Field(strict=False)] = Field(
+        default=(), description="Where the official code differs from the paper; sure before it is said."
+    )
     sources: Texts = Field(description="Where the facts of this entry were seen.")
     note: Text | None = Field(default=None, description="Anything a reader must know that fits nowhere else.")
 

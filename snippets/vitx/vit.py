@@ -320,9 +320,27 @@ def keep_tokens(model: VisionTransformer, tokens: Tensor, patches: Tensor) -> Te
     return torch.cat([tokens[:, :prefix], kept], 1)
 
 
-def logits_of_tokens(model: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Logits (B, classes) from tokens (B, any number, D) at the input of the first block."""
-    return model.forward_head(model.norm(model.blocks(tokens)))
+def logits_of_tokens(model: VisionTransformer, tokens: Tensor, first: int = 0) -> Tensor:
+    """Logits (B, classes) from tokens (B, any number, D) at the input of block ``first``; len(blocks) is the end."""
+    for block in list(model.blocks)[first:]:
+        tokens = block(tokens)
+    return model.forward_head(model.norm(tokens))
+
+
+@contextmanager
+def replaced_attention(block: nn.Module, attention: Tensor) -> Iterator[None]:
+    """Let ``block`` mix its values with the given weights (B, h, N, N) instead of its own attention.
+
+    Gradients flow into ``attention``. Raises UnsupportedModel where the block has no one attention matrix.
+    """
+    module = _attention_module(block, -1)
+    fused, module.fused_attn = module.fused_attn, False
+    handle = module.get_submodule("attn_drop").register_forward_hook(lambda *_: attention)
+    try:
+        yield
+    finally:
+        handle.remove()
+        module.fused_attn = fused
 
 
 def logits_of_visible(model: VisionTransformer, images: Tensor, visible: Tensor) -> Tensor:
