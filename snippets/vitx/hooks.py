@@ -19,14 +19,14 @@ from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
 from mkdocs.structure.toc import get_toc
 
-from vitx import ATLAS, catalog, execute, pages
+from vitx import ATLAS, catalog, execute, markup, notebook_html, pages
 
 log = logging.getLogger("mkdocs.vitx")
 
 _atlas: pages.Atlas
 _generated: dict[str, pages.Page] = {}  # by address
 _notebooks: dict[str, Path] = {}  # executed snippets, by method
-_figures: dict[str, list[pages.Figure]] = {}  # their pictures, by method
+_figures: dict[str, list[markup.Figure]] = {}  # their pictures, by method
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -92,9 +92,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     def add(uri: str, **source: Any) -> None:
         files.append(File.generated(config, uri, **source))
 
-    def add_figure(uri: str, data: bytes, alt: str = "") -> pages.Figure:
+    def add_figure(uri: str, data: bytes, alt: str = "") -> markup.Figure:
         add(uri, content=data)
-        return pages.Figure(f"/{uri}", *pages.picture_size(data), alt)
+        return markup.Figure(f"/{uri}", *notebook_html.picture_size(data), alt)
 
     methods = _atlas.catalog.methods
     try:
@@ -124,7 +124,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             add(f"methods/{id}.ipynb", abs_src_path=str(path))
             _figures[id] = [
                 add_figure(f"methods/{id}/figure-{n}.{shown.extension}", shown.data, shown.alt or alt)
-                for n, shown in enumerate(pages.notebook_pictures(path.read_text(encoding="utf-8")), 1)
+                for n, shown in enumerate(notebook_html.notebook_pictures(path.read_text(encoding="utf-8")), 1)
             ]
         else:
             if method.snippet:
@@ -165,7 +165,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         id = Path(uri).stem
         code = figure = None
         if uri.endswith(".ipynb"):
-            code = pages.notebook(html, _figures[id], _atlas.catalog.methods)
+            code = notebook_html.notebook(html, _figures[id], _atlas.catalog.methods)
             figure = next(iter(_figures[id]), None)
         made = pages.method_page(_atlas, id, code, figure)
     else:
@@ -183,14 +183,14 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         hide=list(made.hide),
         rail=made.rail,
     )
-    page.toc = get_toc(pages.contents(made.html))
+    page.toc = get_toc(markup.contents(made.html))
     for formula in re.findall(r'class="vx-bad-math" title="([^"]*)">(.*?)</code>', made.html):
         _fault(config, f"{uri}: formula {unescape(formula[1])}: {unescape(formula[0])}")
     return made.html
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    return pages.relative_links(output, page.file.dest_uri)
+    return markup.relative_links(output, page.file.dest_uri)
 
 
 @event_priority(-100)  # after the search index is written

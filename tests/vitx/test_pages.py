@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vitx import pages
+from vitx import markup, notebook_html, pages
 from vitx.schema import Paper
 
 tiny = runpy.run_path(str(Path(__file__).parents[1] / "site" / "tiny.py"))
@@ -52,7 +52,7 @@ class Elements(HTMLParser):
 
 
 def prepared(count: int = 4, nasty: str = "", results: Any = None) -> pages.Atlas:
-    figures = {"compare-photo": pages.Figure("/assets/figures/compare-photo.png", 800, 400)}
+    figures = {"compare-photo": markup.Figure("/assets/figures/compare-photo.png", 800, 400)}
     citation = {"title": "vitx" + nasty, "authors": [{"name": "Us" + nasty}], "date-released": "2026-01-01"}
     return pages.prepare(
         tiny["catalog"](count, nasty), tiny["results"]() if results is None else results, figures, citation
@@ -104,7 +104,7 @@ def test_hostile_text_in_any_field_shows_as_text(page: pages.Page) -> None:
     ],
 )
 def test_markdown_links_cannot_run_code(text: str) -> None:
-    for address in Elements(pages.markdown_html(text)).all("a", "href"):
+    for address in Elements(markup.markdown_html(text)).all("a", "href"):
         assert address == "#"
 
 
@@ -122,13 +122,13 @@ def test_markdown_links_cannot_run_code(text: str) -> None:
     ],
 )
 def test_markdown_loads_nothing_and_lets_no_html_through(text: str) -> None:
-    parsed = Elements(pages.markdown_html(text))
+    parsed = Elements(markup.markdown_html(text))
     assert not parsed.faults
     assert {tag for tag, _ in parsed.tags} <= {"p", "a", "br"}
 
 
 def test_ordinary_markdown_works() -> None:
-    html = pages.markdown_html("A [paper](https://arxiv.org/abs/1) and *stress*:\n\n1. one\n2. `a<b`")
+    html = markup.markdown_html("A [paper](https://arxiv.org/abs/1) and *stress*:\n\n1. one\n2. `a<b`")
     assert 'href="https://arxiv.org/abs/1"' in html
     assert "<em>stress</em>" in html
     assert "<li>one</li>" in html
@@ -136,7 +136,7 @@ def test_ordinary_markdown_works() -> None:
 
 
 def test_only_ids_of_methods_become_links() -> None:
-    html = pages.markdown_html("`evit` and `other` and [`evit`](/x/)", {"evit"})
+    html = markup.markdown_html("`evit` and `other` and [`evit`](/x/)", {"evit"})
     assert html.count('<a href="/methods/evit/"><code>evit</code></a>') >= 1
     assert "<code>other</code>" in html
     assert 'href="/methods/other/"' not in html
@@ -147,12 +147,12 @@ def test_only_ids_of_methods_become_links() -> None:
 
 
 def test_formulas_become_mathml() -> None:
-    html = pages.markdown_html(r"Let $x_i < \alpha_j$ and $$\sum_i x_i * y_i * z$$ hold.")
+    html = markup.markdown_html(r"Let $x_i < \alpha_j$ and $$\sum_i x_i * y_i * z$$ hold.")
     assert html.count("<math") == 2
     assert 'display="block"' in html
     assert "<em>" not in html, "Markdown must leave the inside of a formula alone"
     assert "$" not in html
-    assert "<script" not in pages.markdown_html(r"$\text{<script>}$")
+    assert "<script" not in markup.markdown_html(r"$\text{<script>}$")
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_formulas_become_mathml() -> None:
     ],
 )
 def test_a_dollar_that_is_no_formula_stays(text: str, shown: str) -> None:
-    parsed = Elements(pages.markdown_html(text))
+    parsed = Elements(markup.markdown_html(text))
     assert "math" not in {tag for tag, _ in parsed.tags}
     assert parsed.text.strip() == shown
 
 
 def test_a_formula_that_cannot_be_read_is_shown_and_marked() -> None:
-    html = pages.markdown_html(r"Here $\nonsense <b>$ is.")
+    html = markup.markdown_html(r"Here $\nonsense <b>$ is.")
     assert 'class="vx-bad-math"' in html
     assert r"\nonsense &lt;b&gt;" in html
     assert not Elements(html).faults
@@ -205,7 +205,7 @@ def test_first_author_alone() -> None:
     [(0, "0"), (0.123456, "0.1235"), (1.25e-17, "1.2e-17"), (3e7, "3.0e7"), (12, "12"), ("<b>", "&lt;b&gt;")],
 )
 def test_numbers(value: Any, shown: str) -> None:
-    assert pages.number(value) == shown
+    assert markup.number(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -229,17 +229,17 @@ def test_numbers(value: Any, shown: str) -> None:
     ],
 )
 def test_links_work_from_a_folder(page: str, link: str, expected: str) -> None:
-    assert pages.relative_links(f'<a class="x" href="{link}">', page) == f'<a class="x" href="{expected}">'
+    assert markup.relative_links(f'<a class="x" href="{link}">', page) == f'<a class="x" href="{expected}">'
 
 
 def test_code_that_talks_about_links_is_left_alone() -> None:
     html = '<code>a = {"href": "/x/"}; href="/x/"</code>'
-    assert pages.relative_links(html, "a/index.html") == html
+    assert markup.relative_links(html, "a/index.html") == html
 
 
 def test_contents_nest_by_level() -> None:
-    html = pages.heading(2, "a", "A & b", "中") + '<h3 id="b">B <code>c</code></h3>' + pages.heading(2, "d", "D")
-    assert pages.contents(html) == [
+    html = markup.heading(2, "a", "A & b", "中") + '<h3 id="b">B <code>c</code></h3>' + markup.heading(2, "d", "D")
+    assert markup.contents(html) == [
         {
             "level": 2,
             "id": "a",
@@ -390,8 +390,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_notebook_is_reduced_to_its_content(rendered: str) -> None:
-    figure = pages.Figure("/methods/m-0/figure-1.png", 4, 3, "What is seen")
-    html = pages.notebook(rendered, [figure], {"m-1"})
+    figure = markup.Figure("/methods/m-0/figure-1.png", 4, 3, "What is seen")
+    html = notebook_html.notebook(rendered, [figure], {"m-1"})
     parsed = Elements(html)
     assert not parsed.faults
     assert len(rendered) > 100_000 > 10_000 > len(html)
@@ -409,12 +409,14 @@ def test_a_notebook_is_reduced_to_its_content(rendered: str) -> None:
 
 def test_headings_of_a_notebook_do_not_take_the_ids_of_the_page() -> None:
     cell = '<div class="jp-Notebook"><div class="jp-Cell"><div class="jp-RenderedMarkdown">{}</div></div></div>'
-    html = pages.notebook(cell.format('<h2 id="cite">Cite</h2><h2 id="a">A</h2><h2 id="a">A</h2><h2 id="">引</h2>'), [])
+    html = notebook_html.notebook(
+        cell.format('<h2 id="cite">Cite</h2><h2 id="a">A</h2><h2 id="a">A</h2><h2 id="">引</h2>'), []
+    )
     assert re.findall('id="(.*?)"', html) == ["cite-2", "a", "a-2", "part"]
 
 
 def test_pictures_of_a_notebook() -> None:
-    (shown,) = pages.notebook_pictures(tiny["notebook"]())
-    assert shown == pages.Picture(tiny["png"](), "png", "")
-    assert pages.picture_size(shown.data) == (4, 3)
-    assert pages.notebook_pictures(json.dumps({"cells": [{"cell_type": "markdown", "source": "x"}]})) == []
+    (shown,) = notebook_html.notebook_pictures(tiny["notebook"]())
+    assert shown == notebook_html.Picture(tiny["png"](), "png", "")
+    assert notebook_html.picture_size(shown.data) == (4, 3)
+    assert notebook_html.notebook_pictures(json.dumps({"cells": [{"cell_type": "markdown", "source": "x"}]})) == []
