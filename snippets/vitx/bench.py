@@ -68,6 +68,41 @@ def glyph_truth(ids: list[str], scenes: int = 128, batch: int = 16) -> dict[str,
     return {"provenance": provenance(seed=SEED, scenes=scenes), "rows": rows}
 
 
+def differences(ids: list[str], scenes: int = 32) -> dict[str, Any]:
+    """How far the map of the official code, where it differs from the paper, is from the paper's.
+
+    Args:
+        ids: catalogue ids. scenes: glyph scenes; the five sample photographs are added.
+
+    Returns:
+        {"provenance": ..., "rows": [...]}, a row for each difference that has an option: method, options, and for
+        "glyph" and "photo" the mean and the smallest Pearson correlation of the two maps over the pictures.
+    """
+    from vitx import compare
+
+    entries = [catalog.get(catalog.load(), id) for id in ids]
+    jobs = [(entry, one) for entry in entries for one in entry.differences if one.options is not None]
+    drawn = glyphs.scenes(scenes, SEED)
+    pictures = {"glyph": glyphs.normalise(drawn.images), "photo": compare.photographs_tensor()}
+    plain: dict[tuple[str, str], Tensor] = {}
+    rows = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("differences", total=len(jobs))
+        for entry, difference in jobs:
+            progress.update(task, description=f"differences: {entry.id}")
+            row: dict[str, Any] = {"method": entry.id, "options": dict(difference.options or {})}
+            for world, x in pictures.items():
+                explain, model = load(entry.id), models.load(world).model
+                if (entry.id, world) not in plain:
+                    plain[entry.id, world] = heatmap(explain(model, x))
+                other = heatmap(explain(model, x, **row["options"]))
+                values = metrics.correlation(plain[entry.id, world], other)
+                row[world] = {"mean": round(values.mean().item(), 4), "smallest": round(values.min().item(), 4)}
+            rows.append(row)
+            progress.advance(task)
+    return {"provenance": provenance(seed=SEED, scenes=scenes, photographs=len(pictures["photo"])), "rows": rows}
+
+
 def maps(name: str, scenes: glyphs.Scenes, batch: int) -> Tensor:
     """Heat maps (B, gh, gw) of one method for the first creature of every scene."""
     target = scenes.labels[:, 0]

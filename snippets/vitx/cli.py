@@ -296,28 +296,44 @@ def _write_array(path: Path, values: "Tensor") -> None:
 
 @app.command()
 def bench(
-    methods: Annotated[
-        str | None, typer.Option(help="Ids, with commas between; all heat-map methods if left out.")
-    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Ids, with commas between; all that apply if left out.")] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Glyph scenes of each kind.")] = 128,
-    out: Annotated[Path | None, typer.Option(help="JSON to write; catalog/results/glyph.json if left out.")] = None,
+    cost: Annotated[bool, typer.Option("--cost", help="Measure time, memory and operations instead.")] = False,
+    differences: Annotated[
+        bool, typer.Option("--differences", help="Measure what the official code's behaviour changes instead.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each method for --cost.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="JSON to write; in catalog/results/ if left out.")] = None,
 ) -> None:
-    """Score heat maps against the known evidence of glyph scenes."""
-    from vitx import bench
-
-    ids = [id.strip() for id in methods.split(",") if id.strip()] if methods else bench.heat_map_methods()
-    for id in ids:
+    """Score heat maps against the known evidence of glyph scenes, or measure costs or differences."""
+    if cost and differences:
+        raise typer.BadParameter("give one of --cost and --differences.")
+    ids = [id.strip() for id in methods.split(",") if id.strip()] if methods else None
+    for id in ids or []:
         catalog.snippet_path(id)
-    result = bench.glyph_truth(ids, scenes)
-    bench.write(result, out or bench.RESULT)
+    from vitx import bench
+    from vitx import cost as costs
+
+    if cost:
+        result, path = costs.measure(ids or costs.measured_methods(), repeats), costs.RESULT
+        columns = ("method", "by", "forwards", "operations", "memory", "failed")
+    elif differences:
+        path = bench.RESULT.with_name("differences.json")
+        result = bench.differences(ids or list(catalog.load().methods))
+        columns = ("method", "options", "glyph", "photo")
+    else:
+        path = bench.RESULT
+        result = bench.glyph_truth(ids or bench.heat_map_methods(), scenes)
+        columns = ("method", "mass_inside", "pointing_game", "mass_on_target", "seconds")
+    path = out or path
+    bench.write(result, path)
     table = Table(box=None, pad_edge=False)
-    columns = ("method", "mass_inside", "pointing_game", "mass_on_target", "seconds")
     for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column in ("method", "by", "options") else "right")
     for row in result["rows"]:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+        table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
     console.print(table)
-    console.print(f"wrote {out or bench.RESULT}", highlight=False)
+    console.print(f"wrote {path}", highlight=False)
 
 
 # --- contributing --------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """The comparison figure: pictures in rows, methods in columns, on photographs and on glyph scenes with their truth."""
 
+import itertools
+
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -11,11 +14,15 @@ PHOTOGRAPHS = ("chelsea", "coffee", "astronaut", "rocket", "motorcycle")
 GLYPH_SEED, GLYPH_SCENES = 41, 5  # two creatures each
 
 
+def photographs_tensor() -> Tensor:
+    """The sample photographs as ``photo`` reads them: (5, 3, 224, 224), normalised."""
+    loaded = models.load("photo")
+    return torch.stack([loaded.preprocess(images.open_image(name)) for name in PHOTOGRAPHS])
+
+
 def photograph_maps(id: str) -> Tensor:
     """Maps (pictures, gh, gw) of one method for the class that ``photo`` predicts for each sample photograph."""
-    loaded = models.load("photo")
-    x = torch.stack([loaded.preprocess(images.open_image(name)) for name in PHOTOGRAPHS])
-    return heatmap(load(id)(loaded.model, x))
+    return heatmap(load(id)(models.load("photo").model, photographs_tensor()))
 
 
 def scene_maps(id: str) -> Tensor:
@@ -27,40 +34,66 @@ def scene_maps(id: str) -> Tensor:
 
 
 def photographs(maps: dict[str, Tensor]) -> Figure:
-    """Sample photographs by methods; ``maps`` from ``photograph_maps``."""
-    loaded = models.load("photo")
-    x = torch.stack([loaded.preprocess(images.open_image(name)) for name in PHOTOGRAPHS])
-    with torch.inference_mode():
-        predicted = loaded.model(x).argmax(-1)
+    """Sample photographs in rows, methods in columns; ``maps`` from ``photograph_maps``."""
+    pictures = _photographs()
     rows = []
-    for index, (normalised, label) in enumerate(zip(x, predicted, strict=True)):
-        picture = images.to_array(normalised, loaded.mean, loaded.std)
-        title = f"{PHOTOGRAPHS[index]}: {loaded.class_names[label]}"
-        rows.append(_row(picture, None, title, {id: m[index] for id, m in maps.items()}, named=index == 0))
-    return plot.grid(rows)
+    for index, cell in enumerate(pictures):
+        titles = [short_name(catalog.load().methods[id].name) if index == 0 else "" for id in maps]
+        shown = [plot.Cell(cell.picture, m[index], t) for m, t in zip(maps.values(), titles, strict=True)]
+        rows.append([cell, *shown])
+    return plot.grid(rows, 1.25)
 
 
 def scenes(maps: dict[str, Tensor]) -> Figure:
-    """Glyph scenes by methods, each scene asked for both of its creatures; ``maps`` from ``scene_maps``."""
+    """Glyph scenes in rows, each asked for both of its creatures, methods in columns; ``maps`` from ``scene_maps``."""
+    rows = []
+    for index, (cell, truth) in enumerate(_scenes(GLYPH_SCENES)):
+        titles = [short_name(catalog.load().methods[id].name) if index == 0 else "" for id in maps]
+        shown = [plot.Cell(cell.picture, m[index], t) for m, t in zip(maps.values(), titles, strict=True)]
+        rows.append([cell, plot.Cell(cell.picture, truth, "truth" if index == 0 else ""), *shown])
+    return plot.grid(rows, 1.25)
+
+
+def family(photograph: dict[str, Tensor], scene: dict[str, Tensor]) -> Figure:
+    """All methods of a family in rows, in columns the photographs and two glyph scenes asked for both creatures."""
+    shown, asked = _photographs(), _scenes(2)
+    rows = [[*shown, *(cell for cell, _ in asked)]]
+    rows.append([plot.Cell(BLANK, None)] * len(shown) + [plot.Cell(cell.picture, truth) for cell, truth in asked])
+    names = ["", "truth, where it is known"]
+    for id in photograph:
+        on_photographs = [plot.Cell(cell.picture, m) for cell, m in zip(shown, photograph[id], strict=True)]
+        on_scenes = [plot.Cell(cell.picture, m) for (cell, _), m in zip(asked, scene[id], strict=False)]
+        rows.append([*on_photographs, *on_scenes])
+        names.append(short_name(catalog.load().methods[id].name))
+    return plot.grid(rows, 1.1, names)
+
+
+BLANK = np.ones((1, 1, 3), dtype=np.float32)
+
+
+def _photographs() -> list[plot.Cell]:
+    """The sample photographs, each titled with the class that ``photo`` predicts."""
+    loaded, x = models.load("photo"), photographs_tensor()
+    with torch.inference_mode():
+        predicted = [loaded.class_names[label] for label in loaded.model(x).argmax(-1)]
+    return [
+        plot.Cell(images.to_array(normalised, loaded.mean, loaded.std), None, f"{name}:\n{label}")
+        for name, normalised, label in zip(PHOTOGRAPHS, x, predicted, strict=True)
+    ]
+
+
+def _scenes(count: int) -> list[tuple[plot.Cell, Tensor]]:
+    """Glyph scenes, each twice: titled with the creature that is asked for, and with that creature's true place."""
     loaded = models.load("glyph")
     drawn = glyphs.scenes(GLYPH_SCENES, GLYPH_SEED, creatures=2)
     grid = vit.grid(loaded.model, drawn.images)  # type: ignore[arg-type]
-    rows = []
-    for index in range(2 * GLYPH_SCENES):
-        scene, creature = divmod(index, 2)
+    cells = []
+    for scene, creature in itertools.product(range(count), range(2)):
         picture = drawn.images[scene].permute(1, 2, 0).numpy()
-        title = f"asked for {glyphs.CLASS_NAMES[drawn.labels[scene, creature]]}"
+        title = f"asked for\n{glyphs.CLASS_NAMES[drawn.labels[scene, creature]]}"
         truth = glyphs.patch_fraction(drawn.object_masks[scene, creature], grid)
-        rows.append(_row(picture, truth, title, {id: m[index] for id, m in maps.items()}, named=index == 0))
-    return plot.grid(rows)
-
-
-def _row(picture, truth: Tensor | None, title: str, maps: dict[str, Tensor], named: bool) -> list[plot.Cell]:
-    methods = catalog.load().methods
-    cells = [plot.Cell(picture, None, title)]
-    if truth is not None:
-        cells.append(plot.Cell(picture, truth, "truth" if named else ""))
-    return cells + [plot.Cell(picture, m, short_name(methods[id].name) if named else "") for id, m in maps.items()]
+        cells.append((plot.Cell(picture, None, title), truth))
+    return cells
 
 
 def short_name(name: str) -> str:

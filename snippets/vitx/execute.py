@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,8 @@ from vitx import ATLAS, catalog
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
+
+    from vitx.schema import Method
 
 KIT = Path(__file__).resolve().parent
 CACHE = ATLAS / ".cache"
@@ -163,34 +166,48 @@ def _execute(id: str, path: Path) -> str | None:
 
 
 def figures() -> dict[str, Path]:
-    """The comparison figures as JPEG files: "compare-photo", "compare-glyph" and "compare-photo-<family>".
+    """The comparison figures as JPEG files.
 
-    Maps are kept for each method, so a changed or added method computes only its own.
+    "compare-photo" and "compare-glyph" show one method of every branch, "compare-<family>" all of a family on
+    both worlds. Maps are kept for each method, so a changed or added method computes only its own.
     """
     entries = [entry for entry in catalog.load().methods.values() if entry.snippet and entry.model == "glyph"]
-    families = list(dict.fromkeys(entry.family for entry in entries))
-    wanted = {"compare-photo": ("photo", entries), "compare-glyph": ("glyph", entries)}
-    for family in families:
-        wanted[f"compare-photo-{family}"] = ("photo", [entry for entry in entries if entry.family == family])
+    chosen = most_referred(entries)
+    wanted = {"compare-photo": (("photo",), chosen), "compare-glyph": (("glyph",), chosen)}
+    for family in dict.fromkeys(entry.family for entry in entries):
+        members = [entry.id for entry in entries if entry.family == family]
+        wanted[f"compare-{family}"] = (("photo", "glyph"), members)
     result = {}
     draw_source = (KIT / "compare.py").read_text()
-    for name, (world, shown) in wanted.items():
-        ids = [entry.id for entry in shown]
-        identity = key(world, *(maps_file(id, world).name for id in ids), source=draw_source)
+    for name, (worlds, ids) in wanted.items():
+        files = [maps_file(id, world).name for world in worlds for id in ids]
+        identity = key(*worlds, *files, source=draw_source)
         path = CACHE / "figures" / f"{name}-{identity}.jpg"
         if not path.is_file():
             from vitx import compare, plot
 
+            maps: list[dict[str, Tensor]] = [{} for _ in worlds]
             with Progress() as progress:
-                task = progress.add_task(f"comparison figure: {world}", total=len(ids))
-                maps = {}
-                for id in ids:
-                    maps[id] = _maps(id, world)
-                    progress.advance(task)
-                figure: Figure = compare.photographs(maps) if world == "photo" else compare.scenes(maps)
+                task = progress.add_task(f"figure {name}", total=len(files))
+                for world, of_world in zip(worlds, maps, strict=True):
+                    for id in ids:
+                        of_world[id] = _maps(id, world)
+                        progress.advance(task)
+                draw = {("photo",): compare.photographs, ("glyph",): compare.scenes}.get(worlds, compare.family)
+                figure: Figure = draw(*maps)
             _keep(path, plot.encode(figure, "jpeg"), f"{name}-{'?' * 16}.jpg")
         result[name] = path
     return result
+
+
+def most_referred(entries: list["Method"]) -> list[str]:
+    """Ids of one method for every branch: the one that most other entries refer to."""
+    referred = Counter(relation.id for entry in catalog.load().methods.values() for relation in entry.relations)
+    best: dict[str, str] = {}
+    for entry in entries:
+        if entry.subfamily not in best or referred[entry.id] > referred[best[entry.subfamily]]:
+            best[entry.subfamily] = entry.id
+    return list(best.values())
 
 
 def maps_file(id: str, world: str) -> Path:

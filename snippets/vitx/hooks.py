@@ -56,7 +56,14 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
                 *({escape(term.label): f"families/{term.id}.md"} for term in read.taxonomy.families),
             ]
         },
-        {"Comparison": "comparison.md"},
+        {
+            "Comparison": [
+                {"The same pictures": "comparison.md"},
+                {"How correct is proven": "proofs.md"},
+                {"What the official code does": "official-code.md"},
+                {"What a method costs": "cost.md"},
+            ]
+        },
         {"How to read a map": "how-to-read.md"},
         {"Contribute": "contributing.md"},
         {

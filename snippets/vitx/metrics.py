@@ -27,3 +27,10 @@ def pointing_game(relevance: Tensor, inside: Tensor) -> Tensor:
     relevance, hit = relevance.flatten(1), (inside.flatten(1) >= 0.5).to(relevance)
     largest = (relevance == relevance.amax(1, keepdim=True)).to(relevance)
     return (largest * hit).sum(1) / largest.sum(1)
+
+
+def correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Pearson correlation over the patches of two maps (B, gh, gw): (B,), -1 to 1; 0 where a map is constant."""
+    one, other = (m.flatten(1) - m.flatten(1).mean(1, keepdim=True) for m in (one, other))
+    norms = one.norm(dim=1) * other.norm(dim=1)
+    return torch.where(norms > 0, (one * other).sum(1) / norms.clamp(min=1e-30), 0)

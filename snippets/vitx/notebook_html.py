@@ -40,7 +40,17 @@ def picture_size(data: bytes) -> tuple[int, int]:
         return image.size
 
 
-SECTIONS = ("mechanism", "run-it", "code", "correct", "ground-truth", "relations", "cite")  # ids on a method page
+SECTIONS = (
+    "mechanism",
+    "run-it",
+    "code",
+    "correct",
+    "official-code",
+    "cost",
+    "ground-truth",
+    "relations",
+    "cite",
+)  # ids on a method page
 
 
 def notebook(html: str, figures: Iterable[Figure], ids: Iterable[str] = ()) -> str:

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from vitx import cite, mindmap
 from vitx.markup import Figure, code_block, heading, inline, link, markdown_html, number, picture, table
-from vitx.schema import Catalog, Method, Paper, Subfamily, Term
+from vitx.schema import Catalog, Difference, Method, Paper, Subfamily, Term
 
 SURVEY = "https://arxiv.org/abs/2311.06786"
 IN_SURVEY = {
@@ -205,6 +205,112 @@ def method_table(atlas: Atlas, methods: Iterable[Method], label: str) -> str:
     return table(heads, rows, label)
 
 
+# --- evidence --------------------------------------------------------------------------------------------------
+
+
+def proof_table(atlas: Atlas) -> str:
+    """One row for each method: its oracles, the largest error against them, the identities that were checked."""
+    rows = []
+    for id, proofs in atlas.proofs.items():
+        if id not in atlas.catalog.methods:
+            continue
+        parity = [row for row in proofs if row["kind"] == "parity"]
+        errors = [row["value"] for row in parity if row.get("sense") != "at least"]
+        agreements = [row["value"] for row in parity if row.get("sense") == "at least"]
+        oracles = sorted({row["oracle"] for row in parity if row["oracle"]})
+        identities = [row["check"] for row in proofs if row["kind"] == "closed form"]
+        failed = sum(not row["passed"] for row in proofs)
+        rows.append(
+            (
+                method_link(atlas, id),
+                escape("; ".join(oracles)) or "none",
+                number(max(errors)) if errors else "",
+                number(min(agreements)) if agreements else "",
+                escape("; ".join(identities)),
+                f"{len(proofs)} passed" if not failed else f'<span class="vx-fail">{failed} failed</span>',
+            )
+        )
+    if not rows:
+        return '<p class="vx-missing">Not measured yet.</p>'
+    heads = ("Method", "Oracle", "Largest relative error", "Smallest agreement", "Identities", "Checks")
+    return table(heads, rows, "Proofs", "vx-proofs") + provenance(atlas.results["proof"])
+
+
+def differences_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
+    """Every difference found between a paper and its official code, with its measured effect."""
+    measured = {
+        (row["method"], repr(sorted(row["options"].items()))): row
+        for row in atlas.results.get("differences", {}).get("rows", ())
+    }
+
+    def effect(id: str, difference: Difference) -> str:
+        if difference.options is None:
+            return f"Not measured: {inline(difference.why_not_measured or '')}"
+        row = measured.get((id, repr(sorted(difference.options.items()))))
+        options = ", ".join(f"{name}={value!r}" for name, value in difference.options.items())
+        if row is None:
+            return f"<code>{escape(options)}</code><br>not measured yet"
+        said = "<br>".join(
+            f"{world}: {number(row[world]['mean'])} (smallest {number(row[world]['smallest'])})"
+            for world in ("glyph", "photo")
+        )
+        return f"<code>{escape(options)}</code><br>{said}"
+
+    rows = []
+    for id in atlas.catalog.methods if ids is None else ids:
+        for one in atlas.catalog.methods[id].differences:
+            repository = one.repository.removeprefix("https://")
+            place = f"{link(one.repository, repository)}<br>commit {escape(one.commit[:7])}<br>{inline(one.function)}"
+            rows.append((method_link(atlas, id), inline(one.paper), inline(one.code), place, effect(id, one)))
+    if not rows:
+        return '<p class="vx-missing">None recorded.</p>'
+    heads = ("Method", "The paper", "The code", "Where", "Correlation of the two maps")
+    said = provenance(atlas.results["differences"]) if "differences" in atlas.results else ""
+    return table(heads, rows, "Differences between papers and official code", "vx-differences") + said
+
+
+def cost_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
+    """Measured cost of methods, beside the same methods in other libraries."""
+    measured = atlas.results.get("cost", {}).get("rows", ())
+    wanted = atlas.catalog.methods if ids is None else set(ids)
+    rows = []
+    for row in measured:
+        id = row["method"]
+        if id not in wanted or id not in atlas.catalog.methods:
+            continue
+        if "failed" in row:
+            rows.append((method_link(atlas, id), escape(row["by"]), "", f"failed: {escape(row['failed'])}", *[""] * 4))
+            continue
+
+        def values(name: str) -> list[str]:
+            return [number(row[name].get(batch, "too long")) for batch in ("1", "8")]  # noqa: B023
+
+        passes = escape(atlas.catalog.methods[id].passes or "") if row["by"] == "vitx" else ""
+        rows.append(
+            (
+                method_link(atlas, id),
+                escape(row["by"]),
+                passes,
+                number(row["operations"]),
+                *values("forwards"),
+                *values("memory"),
+            )
+        )
+    if not rows:
+        return '<p class="vx-missing">Not measured yet.</p>'
+    heads = (
+        "Method",
+        "By",
+        "Passes that it needs",
+        "Operations (x forward)",
+        "Time, batch 1 (x forward)",
+        "Time, batch 8 (x forward)",
+        "Memory, batch 1 (MB)",
+        "Memory, batch 8 (MB)",
+    )
+    return table(heads, rows, "Cost of methods", "vx-cost") + provenance(atlas.results["cost"])
+
+
 # --- method page -----------------------------------------------------------------------------------------------
 
 
@@ -354,6 +460,18 @@ def method_page(atlas: Atlas, id: str, code: str | None, figure: Figure | None =
             heading(2, "correct", "How correct is proven"),
             _proof(atlas, method),
         ]
+        if method.differences:
+            parts += [
+                heading(2, "official-code", "What the official code does"),
+                '<p>Where it differs from the paper. <a href="/official-code/">All methods</a>.</p>',
+                differences_table(atlas, [id]),
+            ]
+        if any(row["method"] == id for row in atlas.results.get("cost", {}).get("rows", ())):
+            parts += [
+                heading(2, "cost", "Cost"),
+                '<p>Beside one plain forward pass. <a href="/cost/">All methods</a>.</p>',
+                cost_table(atlas, [id]),
+            ]
         if method.output == "heatmap" or id in atlas.grades:
             parts += [
                 heading(2, "ground-truth", "Ground truth in the glyph world"),
@@ -473,13 +591,16 @@ def family_page(atlas: Atlas, family: Term) -> Page:
         f'<span class="vx-zh" lang="zh">{escape(family.label_zh)}</span></h1>',
         markdown_html(family.definition),
     ]
-    figure = atlas.figures.get(f"compare-photo-{family.id}")
+    figure = atlas.figures.get(f"compare-{family.id}")
     if figure:
         alt = (
-            f"Rows are photographs, columns are the heat-map methods of the family {family.label}; each cell shows "
-            "the relevance that the method gives to the predicted class, drawn over the photograph"
+            f"Rows are the heat-map methods of the family {family.label}, columns are photographs and glyph scenes of "
+            "two creatures, each asked about once; each cell shows the relevance that the method gives"
         )
-        caption = "The family's heat-map methods on photographs."
+        caption = (
+            "The family's heat-map methods: on photographs for the class that <code>photo</code> predicts, and on "
+            "glyph scenes for each of the two creatures, below whose picture stands the truth."
+        )
         parts.append(picture(figure._replace(alt=alt), caption, wide=True))
     for term in branches:
         below = atlas.members.get(term.id)
@@ -669,8 +790,8 @@ def render(atlas: Atlas) -> list[Page]:
 
 _FIGURES = {
     "compare-photo": (
-        "Rows are photographs, columns are methods; each cell shows the relevance that the method gives to the "
-        "class in question, drawn over the photograph",
+        "Rows are photographs, columns are methods, one of every branch; each cell shows the "
+        "relevance that the method gives to the class in question, drawn over the photograph",
         "The <code>photo</code> model on photographs.",
     ),
     "compare-glyph": (
@@ -692,6 +813,9 @@ def insert(atlas: Atlas, name: str) -> str:
         "mindmap": lambda: map_html(atlas, "family"),
         "counts": lambda: f"<p>{counts(atlas)}</p>",
         "grades": lambda: grade_table(atlas),
+        "proofs": lambda: proof_table(atlas),
+        "differences": lambda: differences_table(atlas),
+        "cost": lambda: cost_table(atlas),
         "citation": lambda: code_block(citation(atlas.citation), "language-bibtex"),
     }
     return inserts[name]()

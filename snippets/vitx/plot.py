@@ -57,8 +57,8 @@ def overlay(axes: Axes, picture: np.ndarray, relevance: Tensor | None = None, ti
     axes.axis("off")
 
 
-def grid(rows: Sequence[Sequence[Cell]], cell: float = CELL) -> Figure:
-    """A figure of pictures in rows; a shorter row leaves its last places empty."""
+def grid(rows: Sequence[Sequence[Cell]], cell: float = CELL, names: Sequence[str] = ()) -> Figure:
+    """A figure of pictures in rows, with ``names`` to the left of them; a shorter row leaves its last places empty."""
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(cell * columns, (cell + 0.22) * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -67,6 +67,8 @@ def grid(rows: Sequence[Sequence[Cell]], cell: float = CELL) -> Figure:
             place.axis("off")
         for place, entry in zip(places, row, strict=False):
             overlay(place, *entry)
+    for places, name in zip(axes, names, strict=False):
+        places[0].text(-0.06, 0.5, name, transform=places[0].transAxes, ha="right", va="center", fontsize=8)
     return figure
 
 

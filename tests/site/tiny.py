@@ -11,7 +11,19 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
-from vitx.schema import Catalog, Code, Method, ModelCard, Motivation, Paper, Relation, Subfamily, Taxonomy, Term
+from vitx.schema import (
+    Catalog,
+    Code,
+    Difference,
+    Method,
+    ModelCard,
+    Motivation,
+    Paper,
+    Relation,
+    Subfamily,
+    Taxonomy,
+    Term,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # What must come out as text wherever it goes in. 不 and é check that unicode survives.
@@ -73,6 +85,28 @@ def catalog(count: int = 4, nasty: str = NASTY) -> Catalog:
             relations=(Relation(type="extends", id="m-0"),) if 0 < place < 4 else (),
             in_survey=("yes", "no", "unknown")[place % 3],
             snippet=f"snippets/{branch.family}/m_{place}.py" if place < 3 else None,
+            passes="1 forward" + nasty if place < 2 else None,
+            differences=(
+                Difference(
+                    paper="Says $a$. " + nasty,
+                    code="Does $b$. " + nasty,
+                    repository="https://code.example/a",
+                    commit="0123456789",
+                    function="a.py: run" + nasty,
+                    options={"order": "x" + NASTY},
+                ),
+                Difference(
+                    paper="Says.",
+                    code="Does.",
+                    repository="https://code.example/a",
+                    commit="0123456789",
+                    function="a.py: run",
+                    options=None,
+                    why_not_measured="Because " + nasty,
+                ),
+            )
+            if place == 0
+            else (),
             why_no_snippet=None if place < 3 else "Nobody wrote it." + nasty,
             sources=("seen" + nasty,),
             note="Note. " + nasty if place % 2 else None,
@@ -153,7 +187,22 @@ def results() -> dict:
                     "bound": 1e-6,
                     "passed": kind == "contract",
                 }
-                for kind in ("parity", "contract")
+                for kind in ("parity", "closed form", "contract")
+            ],
+        },
+        "differences": {
+            "provenance": {},
+            "rows": [
+                {"method": "m-0", "options": {"order": "x" + NASTY}}
+                | {world: {"mean": 0.5, "smallest": 0.25} for world in ("glyph", "photo")}
+            ],
+        },
+        "cost": {
+            "provenance": {},
+            "rows": [
+                {"method": "m-0", "by": "vitx", "operations": 3.1}
+                | {name: {"1": 2.5, "8": 2.25} for name in ("forwards", "memory", "seconds")},
+                {"method": "m-0", "by": "peer" + NASTY, "failed": "no" + NASTY},
             ],
         },
     }

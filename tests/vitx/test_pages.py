@@ -63,7 +63,17 @@ def every_page(atlas: pages.Atlas) -> list[pages.Page]:
     methods = [pages.method_page(atlas, id, "<p>code</p>") for id in atlas.catalog.methods]
     inserts = [
         pages.Page(name, name, "", pages.insert(atlas, name))
-        for name in ("mindmap", "counts", "grades", "citation", "compare-photo", "compare-glyph")
+        for name in (
+            "mindmap",
+            "counts",
+            "grades",
+            "proofs",
+            "differences",
+            "cost",
+            "citation",
+            "compare-photo",
+            "compare-glyph",
+        )
     ]
     return [*pages.render(atlas), *methods, *inserts]
 
@@ -283,7 +293,8 @@ def test_pages_have_balanced_html_unique_ids_and_one_title() -> None:
 def test_internal_links_lead_to_pages() -> None:
     atlas = prepared()
     made = [page for page in every_page(atlas) if page.path.endswith("/")]
-    addresses = {"/" + page.path for page in made} | {"/", "/contributing/", "/about/", "/how-to-read/"}
+    written = ("", "contributing/", "about/", "how-to-read/", "official-code/", "cost/", "proofs/")
+    addresses = {"/" + page.path for page in made} | {"/" + path for path in written}
     for page in made:
         for link in Elements(page.html + page.rail).all("a", "href"):
             place = re.sub(r"[?#].*", "", link)
@@ -297,6 +308,26 @@ def test_relations_show_in_both_directions() -> None:
     back = pages.method_page(atlas, "m-0", "").html
     assert "Extended by" in back
     assert all(f'href="/methods/m-{n}/"' in back for n in (1, 2, 3))
+
+
+def test_evidence_tables_hold_what_was_measured() -> None:
+    atlas = prepared()
+    plain = {
+        name: unescape(re.sub(r"<[^>]+>", " ", pages.insert(atlas, name))) for name in ("proofs", "differences", "cost")
+    }
+    assert "1 failed" not in plain["proofs"]
+    assert "2 failed" in plain["proofs"]
+    assert "glyph: 0.5 (smallest 0.25)" in plain["differences"]
+    assert "commit 0123456" in plain["differences"]
+    assert "Not measured: Because" in plain["differences"]
+    for said in ("1 forward", "2.5", "2.25", "3.1", "failed: no"):
+        assert said in plain["cost"]
+    bare = prepared(results={})
+    assert "not measured yet" in pages.insert(bare, "differences")
+    assert "Not measured yet." in pages.insert(bare, "cost")
+    assert "Not measured yet." in pages.insert(bare, "proofs")
+    assert "official-code" in pages.method_page(atlas, "m-0", "").html
+    assert "official-code" not in pages.method_page(atlas, "m-1", "").html
 
 
 def test_a_method_page_holds_the_entry() -> None:
@@ -335,7 +366,7 @@ def test_proofs_go_from_weakest_to_strongest_and_say_what_failed() -> None:
     html = pages.method_page(prepared(), "m-0", "").html
     assert html.index("Contract") < html.index("Parity")
     assert html.count("vx-pass") == 1
-    assert html.count("vx-fail") == 1
+    assert html.count("vx-fail") == 2
 
 
 def test_what_was_not_measured_says_so() -> None:

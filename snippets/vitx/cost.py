@@ -1,0 +1,140 @@
+"""What a method costs: time, memory and operations beside one plain forward pass of the same model in the same run."""
+
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vitx import ATLAS, bench, catalog
+
+ARCHITECTURE = "vit_small_patch16_224"
+BATCHES = (1, 8)
+ENOUGH = 60.0  # seconds of measuring after which no further run is made: a long run averages by itself
+TOO_LONG = 600.0  # seconds that a batch may be expected to take; beyond, only the smaller batch is measured
+RESULT = ATLAS / "catalog" / "results" / "cost.json"
+
+
+def measured_methods() -> list[str]:
+    """Ids, in catalogue order, of the methods that run on a stock timm model."""
+    return [entry.id for entry in catalog.load().methods.values() if entry.snippet and entry.model == "glyph"]
+
+
+def measure(ids: list[str], repeats: int = 5) -> dict[str, Any]:
+    """Cost of methods on ``ARCHITECTURE`` with random weights, and of the peers that are installed.
+
+    A row is measured in a process of its own, which runs the plain forward pass and the method in turns. Rows that
+    stand in the result file for the same code and settings are kept, so that an interrupted run goes on.
+
+    Returns:
+        {"provenance": ..., "rows": [...]}, a row for each method and each library that has it ("by"). By batch size:
+        forwards, median time over that of a plain forward pass; seconds; runs, ``repeats`` or fewer where they are
+        long; memory, the peak in megabytes above that of the plain pass. operations: multiply-adds over those of a
+        forward pass, at batch 1. Where it could not be measured, failed holds the reason.
+    """
+    from vitx import execute, peers
+
+    jobs = [(id, by) for id in ids for by in ("vitx", *peers.installed(id))]
+    known = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
+    others = [row for row in known if row["method"] not in ids]
+    rows: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("cost", total=len(jobs))
+        for id, by in jobs:
+            progress.update(task, description=f"cost: {id} by {by}")
+            identity = execute.key(execute.snippet_key(id), by, str(repeats), source="from vitx import peers")
+            row = next((r for r in known if (r["method"], r["by"], r.get("key")) == (id, by, identity)), None)
+            if row is None:
+                row = {"method": id, "by": by, "key": identity} | _in_own_process(id, by, repeats)
+            rows.append(row)
+            result = {"provenance": bench.provenance(model=ARCHITECTURE, repeats=repeats), "rows": [*others, *rows]}
+            bench.write(result, RESULT)  # after every row: a run that is stopped loses one method at most
+            progress.advance(task)
+    return result
+
+
+def _in_own_process(id: str, by: str, repeats: int) -> dict[str, Any]:
+    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_measure_one, args=(id, by, repeats, sender))
+    process.start()
+    sender.close()
+    try:
+        row = receiver.recv()
+    except EOFError:
+        row = {"failed": "the process ended without a result, perhaps for want of memory"}
+    process.join()
+    return row
+
+
+def _measure_one(id: str, by: str, repeats: int, sender: Any) -> None:
+    """One row, in a fresh process, whose memory nothing else has raised."""
+    warnings.filterwarnings("ignore")
+    try:
+        sender.send(_costs(_runner(id, by), repeats))
+    except Exception as error:
+        sender.send({"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
+
+
+def _runner(id: str, by: str) -> Callable:
+    import vitx
+    from vitx import peers
+
+    return vitx.load(id) if by == "vitx" else peers.PEERS[id][by]
+
+
+def _costs(run: Callable, repeats: int) -> dict[str, Any]:
+    import timm
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.manual_seed(0)
+    model = timm.create_model(ARCHITECTURE, pretrained=False).eval()
+    row: dict[str, Any] = {"forwards": {}, "seconds": {}, "memory": {}, "runs": {}}
+    own_seconds = 0.0
+    for batch in BATCHES:
+        images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(batch))
+        with torch.inference_mode():
+            target = model(images).argmax(-1)
+            model(images)
+        before = _peak_memory()
+        plain, own = [], []
+        if batch == BATCHES[0]:
+            run(model, images, target)  # not counted: first use of the kernels
+        elif own_seconds * batch > TOO_LONG:
+            continue
+        while len(own) < repeats and sum(own) < ENOUGH:
+            with torch.inference_mode():
+                plain += [_seconds(lambda: model(images)) for _ in range(3)]  # noqa: B023
+            own.append(_seconds(lambda: run(model, images, target)))  # noqa: B023
+        own_seconds = statistics.median(own)
+        row["runs"][str(batch)] = len(own)
+        row["forwards"][str(batch)] = round(statistics.median(own) / statistics.median(plain), 2)
+        row["seconds"][str(batch)] = round(statistics.median(own), 4)
+        row["memory"][str(batch)] = round(max(0.0, _peak_memory() - before), 1)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # pyright: ignore[reportArgumentType]  # fused kernels are not counted on a CPU
+    images = images[:1]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    plain_operations = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        run(model, images, target[:1])
+    return row | {"operations": round(counter.get_total_flops() / plain_operations, 2)}
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _peak_memory() -> float:
+    """Largest resident memory of this process so far, in megabytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
