@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from vitx import ATLAS, bench, catalog
 
@@ -91,7 +93,6 @@ def _runner(id: str, by: str) -> Callable:
 
 def _costs(run: Callable, repeats: int) -> dict[str, Any]:
     import timm
-    from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
     model = timm.create_model(ARCHITECTURE, pretrained=False).eval()
@@ -121,12 +122,31 @@ def _costs(run: Callable, repeats: int) -> dict[str, Any]:
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # pyright: ignore[reportArgumentType]  # fused kernels are not counted on a CPU
     images = images[:1]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with CountedOperations() as plain_operations, torch.no_grad():
         model(images)
-    plain_operations = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
+    with CountedOperations() as operations:
         run(model, images, target[:1])
-    return row | {"operations": round(counter.get_total_flops() / plain_operations, 2)}
+    return row | {"operations": round(operations.total / plain_operations.total, 2)}
+
+
+class CountedOperations(TorchDispatchMode):
+    """Sum of the operations of torch's own formulas (products and convolutions) for all that runs inside.
+
+    FlopCounterMode itself cannot: it follows modules with hooks that torch.autograd.grad refuses.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None:  # in inference mode, products arrive as parts of larger operations
+            with self:
+                result = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if result is NotImplemented else result
+        result = func(*args, **kwargs)
+        self.total += formula(*args, **kwargs, out_val=result)
+        return result
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -62,6 +62,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
                 {"How correct is proven": "proofs.md"},
                 {"What the official code does": "official-code.md"},
                 {"What a method costs": "cost.md"},
+                {"How close to Shapley values": "shapley.md"},
             ]
         },
         {"How to read a map": "how-to-read.md"},

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from vitx import cite, mindmap
+from vitx import charts, cite, mindmap
 from vitx.markup import Figure, code_block, heading, inline, link, markdown_html, number, picture, table
 from vitx.schema import Catalog, Difference, Method, Paper, Subfamily, Term
 
@@ -309,6 +309,33 @@ def cost_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
         "Memory, batch 8 (MB)",
     )
     return table(heads, rows, "Cost of methods", "vx-cost") + provenance(atlas.results["cost"])
+
+
+def shapley_figures(atlas: Atlas) -> str:
+    """How close methods come to exact Shapley values: two charts and their table."""
+    result = atlas.results.get("shapley")
+    if not result:
+        return '<p class="vx-missing">Not measured yet.</p>'
+    parts = []
+    for key, label in (("correlation", "Correlation with the exact values"), ("relative_error", "Relative error")):
+        series: dict[str, list[tuple[float, float, float]]] = {}
+        for row in result["rows"]:
+            points = series.setdefault(row["method"], [])
+            points.append((row["samples"], row[key], row[f"{key}_deviation"]))
+        best = {name: sorted(points) for name, points in series.items()}
+        parts.append(charts.curves(best, "Passes or coalitions for each picture", label, label))
+    rows = [
+        (
+            escape(row["method"]),
+            number(row["samples"]),
+            f"{number(row['correlation'])} ± {number(row['correlation_deviation'])}",
+            f"{number(row['relative_error'])} ± {number(row['relative_error_deviation'])}",
+        )
+        for row in result["rows"]
+    ]
+    heads = ("Method", "Passes or coalitions", "Correlation", "Relative error")
+    parts.append(table(heads, rows, "Distance from exact Shapley values") + provenance(result))
+    return "".join(parts)
 
 
 # --- method page -----------------------------------------------------------------------------------------------
@@ -816,6 +843,7 @@ def insert(atlas: Atlas, name: str) -> str:
         "proofs": lambda: proof_table(atlas),
         "differences": lambda: differences_table(atlas),
         "cost": lambda: cost_table(atlas),
+        "shapley": lambda: shapley_figures(atlas),
         "citation": lambda: code_block(citation(atlas.citation), "language-bibtex"),
     }
     return inserts[name]()

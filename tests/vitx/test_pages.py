@@ -70,6 +70,7 @@ def every_page(atlas: pages.Atlas) -> list[pages.Page]:
             "proofs",
             "differences",
             "cost",
+            "shapley",
             "citation",
             "compare-photo",
             "compare-glyph",
@@ -293,7 +294,7 @@ def test_pages_have_balanced_html_unique_ids_and_one_title() -> None:
 def test_internal_links_lead_to_pages() -> None:
     atlas = prepared()
     made = [page for page in every_page(atlas) if page.path.endswith("/")]
-    written = ("", "contributing/", "about/", "how-to-read/", "official-code/", "cost/", "proofs/")
+    written = ("", "contributing/", "about/", "how-to-read/", "official-code/", "cost/", "proofs/", "shapley/")
     addresses = {"/" + page.path for page in made} | {"/" + path for path in written}
     for page in made:
         for link in Elements(page.html + page.rail).all("a", "href"):
@@ -322,6 +323,9 @@ def test_evidence_tables_hold_what_was_measured() -> None:
     assert "Not measured: Because" in plain["differences"]
     for said in ("1 forward", "2.5", "2.25", "3.1", "failed: no"):
         assert said in plain["cost"]
+    shapley = pages.insert(atlas, "shapley")
+    assert shapley.count("<svg") == 2
+    assert "0.875 ± 0.03125" in unescape(re.sub(r"<[^>]+>", " ", shapley))
     bare = prepared(results={})
     assert "not measured yet" in pages.insert(bare, "differences")
     assert "Not measured yet." in pages.insert(bare, "cost")

@@ -1,0 +1,114 @@
+"""The measurements: what the cost table counts, what it keeps, and how differences are scored."""
+
+import json
+
+import pytest
+import timm
+import timm.models.vision_transformer
+import torch
+from helpers import tiny
+from vitx import bench, catalog, compare, cost, glyphs, metrics, models, peers
+from vitx.schema import Difference
+
+
+@pytest.fixture
+def small(monkeypatch):
+    model = tiny(3, img_size=224, patch_size=32).float()
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: model)
+    return model
+
+
+def test_operations_are_counted_in_forward_passes(small):
+    def three_passes(model, images, target):
+        with torch.inference_mode():
+            for _ in range(3):
+                model(images)
+
+    row = cost._costs(three_passes, repeats=2)
+    assert row["operations"] == 3.0
+    assert row["runs"] == {"1": 2, "8": 2}
+    assert set(row["forwards"]) == set(row["seconds"]) == set(row["memory"]) == {"1", "8"}
+
+
+def test_a_backward_pass_counts_about_two(small):
+    def gradient(model, images, target):
+        images = images.clone().requires_grad_()
+        torch.autograd.grad(model.requires_grad_(False)(images).sum(), images)
+
+    assert 1.9 < cost._costs(gradient, repeats=1)["operations"] <= 3.1
+
+
+def test_long_runs_are_not_repeated_and_longer_batches_left_out(small, monkeypatch):
+    monkeypatch.setattr(cost, "ENOUGH", 0)
+    monkeypatch.setattr(cost, "TOO_LONG", 0)
+    with pytest.raises(ZeroDivisionError):  # at least one run is always made
+        cost._costs(lambda *_: 1 / 0, repeats=5)
+    monkeypatch.setattr(cost, "ENOUGH", 1e-9)
+    row = cost._costs(lambda model, images, target: model(images), repeats=5)
+    assert row["runs"] == {"1": 1}
+    assert set(row["forwards"]) == {"1"}
+
+
+def test_rows_are_kept_until_the_method_changes(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(cost, "RESULT", tmp_path / "cost.json")
+    monkeypatch.setattr(cost, "_in_own_process", lambda id, by, repeats: made.append((id, by)) or {"operations": 1})
+    ids = ["raw-attention", "attention-rollout"]
+    cost.measure(ids)
+    assert made == [(id, "vitx") for id in ids]
+    cost.measure(ids[:1])
+    assert len(made) == 2
+    assert [row["method"] for row in json.loads(cost.RESULT.read_text())["rows"]] == [ids[1], ids[0]]
+    cost.measure(ids, repeats=7)
+    assert len(made) == 4
+
+
+def test_a_failure_is_a_row_with_its_reason(monkeypatch):
+    sent = []
+    monkeypatch.setattr(cost, "_runner", lambda id, by: None)
+
+    class Sender:
+        send = staticmethod(sent.append)
+
+    monkeypatch.setattr(cost, "_costs", lambda run, repeats: 1 / 0)
+    cost._measure_one("raw-attention", "vitx", 1, Sender())
+    assert sent == [{"failed": "ZeroDivisionError: division by zero"}]
+
+
+def test_correlation_of_maps():
+    draw = torch.randn(4, 5, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(metrics.correlation(draw, 3 * draw + 1), torch.ones(4))
+    assert torch.allclose(metrics.correlation(draw, -draw), -torch.ones(4))
+    assert metrics.correlation(draw, torch.ones(4, 5, 5)).tolist() == [0] * 4
+
+
+def test_differences_compare_an_option_with_the_default(monkeypatch):
+    """The layer of raw attention as the option: the last layer is the default, so it changes nothing."""
+    entries = catalog.load()
+    one = {"paper": "p", "code": "c", "repository": "https://a.example/b", "commit": "0123456", "function": "f"}
+    options = [{"layer": -1}, {"layer": 0}]
+    differences = tuple(Difference(**one, options=option) for option in options)  # pyright: ignore[reportArgumentType]
+    entry = entries.methods["raw-attention"].model_copy(update={"differences": differences})
+    monkeypatch.setattr(catalog, "load", lambda: entries._replace(methods=entries.methods | {entry.id: entry}))
+    loaded = models.load("glyph")
+    monkeypatch.setattr(models, "load", lambda *_: loaded)
+    monkeypatch.setattr(compare, "photographs_tensor", lambda: glyphs.normalise(glyphs.scenes(2, 3).images))
+    result = bench.differences(["raw-attention"], scenes=2)
+    same, other = result["rows"]
+    assert same == {"method": entry.id, "options": {"layer": -1}} | {
+        world: {"mean": 1.0, "smallest": 1.0} for world in ("glyph", "photo")
+    }
+    assert other["glyph"]["smallest"] <= other["glyph"]["mean"] < 0.999
+
+
+@pytest.mark.parametrize(("id", "by"), [(id, by) for id, libraries in peers.PEERS.items() for by in libraries])
+def test_peers_run_as_the_cost_table_runs_them(id, by):
+    """On a shallow model of the same grid; the result is a map of every picture."""
+    assert by in peers.installed(id), "the test extra installs every peer"
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=224, patch_size=16, embed_dim=8, depth=2, num_heads=2
+    ).eval()
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    result = peers.PEERS[id][by](model, images, torch.tensor([3, 5]))
+    assert len(result) == 2
+    assert torch.as_tensor(result).shape[-2:] == (224, 224)
