@@ -8,10 +8,10 @@ exist and define ``explain``, no file is orphaned, nothing is left to do) and re
 import ast
 import difflib
 import functools
-import pkgutil
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -563,7 +563,7 @@ def check(root: Path = ATLAS / "catalog") -> list[str]:
     """Every problem of the catalogue and of the files that belong to it, one line each, sorted; empty when sound."""
     reading = _read_all(root)
     problems = set(reading.problems + _cross_check(reading))
-    importable = importable_names(root.parent / "snippets")
+    importable = importable_names()
     for stem, file in reading.files.items():
         lines = reading.documents[file].lines if file in reading.documents else {}
         name = stem.replace("-", "_")
@@ -579,13 +579,30 @@ def check(root: Path = ATLAS / "catalog") -> list[str]:
     return [str(problem) for problem in sorted(problems)]
 
 
-def importable_names(snippets: Path) -> set[str]:
-    """Top-level modules that ``import`` would find, those beside a snippet left out."""
+@functools.cache
+def importable_names() -> frozenset[str]:
+    """Top-level modules that a snippet run as a script may import, directly or through others.
+
+    These are the standard library and all that vitx depends on, without its extras. What else happens to be installed
+    does not count, or the same catalogue would pass on one machine and fail on another.
+    """
     found = set(sys.stdlib_module_names) | {"vitx"}
-    for module in pkgutil.iter_modules():
-        if snippets not in Path(getattr(module.module_finder, "path", "/")).parents:
-            found.add(module.name)
-    return found
+    needed: set[str] = set()
+    queue = ["vitx"]
+    while queue:
+        name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
+        if name in needed:
+            continue
+        needed.add(name)
+        try:
+            requirements = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        queue += [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements if "extra ==" not in line]
+    for module, distributions in metadata.packages_distributions().items():
+        if any(re.sub(r"[-_.]+", "-", one).lower() in needed for one in distributions):
+            found.add(module)
+    return frozenset(found)
 
 
 def _check_snippet(path: Path, name: str, file: str, line: int) -> Iterator[Problem]:

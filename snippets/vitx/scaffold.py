@@ -159,7 +159,7 @@ def new(id: str, family: str, root: Path = ATLAS / "catalog") -> list[Path]:
         near = nearest(family, families)
         hint = f"did you mean {', '.join(near)}?" if near else f"they are {', '.join(families)}"
         raise ValueError(f'"{family}" is not one of the families; {hint}')
-    if id.replace("-", "_") in importable_names(root.parent / "snippets"):
+    if id.replace("-", "_") in importable_names():
         raise ValueError(f"{id} would shadow the Python module {id.replace('-', '_')}; add a word to the id")
     taken = next((root / "methods").glob(f"*/{id}.yml"), None)
     if taken is not None:
