@@ -22,7 +22,8 @@ def photographs_tensor() -> Tensor:
 
 def photograph_maps(id: str) -> Tensor:
     """Maps (pictures, gh, gw) of one method for the class that ``photo`` predicts for each sample photograph."""
-    return heatmap(load(id)(models.load("photo").model, photographs_tensor()))
+    quick = catalog.load().methods[id].quick
+    return heatmap(load(id)(models.load("photo").model, photographs_tensor(), **quick))
 
 
 def scene_maps(id: str) -> Tensor:
@@ -30,7 +31,8 @@ def scene_maps(id: str) -> Tensor:
     loaded = models.load("glyph")
     scenes = glyphs.scenes(GLYPH_SCENES, GLYPH_SEED, creatures=2)
     x = glyphs.normalise(scenes.images).repeat_interleave(2, 0)
-    return heatmap(load(id)(loaded.model, x, scenes.labels.flatten()))
+    quick = catalog.load().methods[id].quick
+    return heatmap(load(id)(loaded.model, x, scenes.labels.flatten(), **quick))
 
 
 def photographs(maps: dict[str, Tensor]) -> Figure:
@@ -38,7 +40,7 @@ def photographs(maps: dict[str, Tensor]) -> Figure:
     pictures = _photographs()
     rows = []
     for index, cell in enumerate(pictures):
-        titles = [short_name(catalog.load().methods[id].name) if index == 0 else "" for id in maps]
+        titles = [label(id) if index == 0 else "" for id in maps]
         shown = [plot.Cell(cell.picture, m[index], t) for m, t in zip(maps.values(), titles, strict=True)]
         rows.append([cell, *shown])
     return plot.grid(rows, 1.25)
@@ -48,7 +50,7 @@ def scenes(maps: dict[str, Tensor]) -> Figure:
     """Glyph scenes in rows, each asked for both of its creatures, methods in columns; ``maps`` from ``scene_maps``."""
     rows = []
     for index, (cell, truth) in enumerate(_scenes(GLYPH_SCENES)):
-        titles = [short_name(catalog.load().methods[id].name) if index == 0 else "" for id in maps]
+        titles = [label(id) if index == 0 else "" for id in maps]
         shown = [plot.Cell(cell.picture, m[index], t) for m, t in zip(maps.values(), titles, strict=True)]
         rows.append([cell, plot.Cell(cell.picture, truth, "truth" if index == 0 else ""), *shown])
     return plot.grid(rows, 1.25)
@@ -64,7 +66,7 @@ def family(photograph: dict[str, Tensor], scene: dict[str, Tensor]) -> Figure:
         on_photographs = [plot.Cell(cell.picture, m) for cell, m in zip(shown, photograph[id], strict=True)]
         on_scenes = [plot.Cell(cell.picture, m) for (cell, _), m in zip(asked, scene[id], strict=False)]
         rows.append([*on_photographs, *on_scenes])
-        names.append(short_name(catalog.load().methods[id].name))
+        names.append(label(id))
     return plot.grid(rows, 1.1, names)
 
 
@@ -94,6 +96,12 @@ def _scenes(count: int) -> list[tuple[plot.Cell, Tensor]]:
         truth = glyphs.patch_fraction(drawn.object_masks[scene, creature], grid)
         cells.append((plot.Cell(picture, None, title), truth))
     return cells
+
+
+def label(id: str) -> str:
+    """A method's name, in two lines where it is long, and the arguments it was drawn with if not the default ones."""
+    entry = catalog.load().methods[id]
+    return "\n".join([short_name(entry.name), *(f"{name}={value}" for name, value in entry.quick.items())])
 
 
 def short_name(name: str) -> str:

@@ -15,13 +15,16 @@ SCENE = 7  # seed of the glyph scene with two creatures
 def heatmap(explain: Callable, id: str) -> None:
     """Show the maps of ``explain`` for photographs and for a glyph scene that holds two creatures.
 
-    A class-specific method is asked for both creatures, any other only once. In a notebook the figure is displayed,
+    A class-specific method is asked for both creatures, any other only once. The entry's ``quick`` arguments, if it has
+    some, are used and named. In a notebook the figure is displayed,
     in a script it is written to ``<id>.png`` in the working directory.
     """
     entry = catalog.get(catalog.load(), id)
 
+    title = "\n".join([entry.name, *(f"{name}={value}" for name, value in entry.quick.items())])
+
     def maps(model: torch.nn.Module, x: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
-        return plot.heatmap(explain(model, x, target))
+        return plot.heatmap(explain(model, x, target, **entry.quick))
 
     photo, glyph = models.load("photo"), models.load("glyph")
     x = torch.stack([photo.preprocess(images.open_image(name)) for name in PHOTOGRAPHS])
@@ -30,7 +33,7 @@ def heatmap(explain: Callable, id: str) -> None:
     first = []
     for normalised, relevance, label in zip(x, maps(photo.model, x), predicted, strict=True):
         picture = images.to_array(normalised, photo.mean, photo.std)
-        first += [plot.Cell(picture, None, f"photo predicts: {label}"), plot.Cell(picture, relevance, entry.name)]
+        first += [plot.Cell(picture, None, f"photo predicts: {label}"), plot.Cell(picture, relevance, title)]
 
     scene = glyphs.scenes(1, SCENE, creatures=2)
     x, picture = glyphs.normalise(scene.images), scene.images[0].permute(1, 2, 0).numpy()
@@ -40,7 +43,7 @@ def heatmap(explain: Callable, id: str) -> None:
         for name, label in zip(names, scene.labels[0], strict=True):
             second.append(plot.Cell(picture, maps(glyph.model, x, label[None])[0], f"asked for {name}"))
     else:
-        second.append(plot.Cell(picture, maps(glyph.model, x)[0], entry.name))
+        second.append(plot.Cell(picture, maps(glyph.model, x)[0], title))
     truth = glyphs.patch_fraction(scene.object_masks[0].any(0), (14, 14))
     second.append(plot.Cell(picture, truth, "truth: the creatures"))
     show(plot.grid([first, second], cell=2.1), id)

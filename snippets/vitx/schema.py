@@ -137,6 +137,11 @@ class Method(_Record):
         description="Reason, in one sentence, where there is no snippet. Exactly one of the two is given.",
     )
     model: Id = Field(default="glyph", description="Model on which the snippet runs when none is named.")
+    quick: dict[Text, str | int | float | bool] = Field(
+        default={},
+        description="Arguments of explain for pictures on pages, where the default takes thousands of passes. "
+        "Figures name them; measurements use the default.",
+    )
     passes: Text | None = Field(
         default=None,
         description='Passes through the model that the mathematics needs, such as "1 forward, 1 backward".',
