@@ -112,6 +112,8 @@ def discover(
 #    common part: in the last block of `photo` no two patches of the five sample photographs have a similarity below 0.6, so
 #    that $\tau = 0.2$ joins all and nothing is cut. The default therefore subtracts the picture's mean key first;
 #    `centred=False` compares the keys as they are, as published, and refuses a graph without a cut.
+#    The rule that tells the object's side from the other is the paper's: it holds the entry of largest magnitude. On
+#    keys that were centred it often takes the background for the object, so read the sign of a map with care.
 # 2. The paper joins at similarity $\ge \tau$, the authors' code at $> \tau$: they differ only where a similarity equals
 #    $\tau$ to the last bit.
 # 3. The refinement of the mask at pixel level (bilateral solver, CRF) is not part of the method's cut and is left out.

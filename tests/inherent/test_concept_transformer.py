@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import relative_error
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from vitx import ATLAS, catalog, glyphs, load_module, models
 from vitx.vit import UnsupportedModel
 
-snippet = load_module("concept-transformer")
+ID = "concept-transformer"
+snippet = load_module(ID)
 FILE = ATLAS / "snippets" / "models" / "concept-glyph.safetensors"
 BACKBONE: dict[str, Any] = {
     "img_size": 24,
@@ -40,24 +42,29 @@ def random_images(count: int = 3, dtype: torch.dtype = torch.float64) -> torch.T
 
 
 @pytest.mark.parametrize("target", [None, (4, 0, 2)])
-def test_scores_and_map_sum_to_the_logit(target):
+def test_scores_and_map_sum_to_the_logit(target, proof):
     model, images = random_model(), random_images()
     logits = model(images)
     chosen = logits.argmax(-1) if target is None else torch.tensor(target)
     logit = logits.gather(1, chosen[:, None])[:, 0]
     found = snippet.explain(model, images, None if target is None else chosen)
-    torch.testing.assert_close(found.scores.sum(1) + found.bias, logit, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(found.heatmap().sum((1, 2)) + found.bias, logit, rtol=1e-10, atol=1e-10)
+    logit = logit.detach()
+    errors = [
+        relative_error(values + found.bias, logit) for values in (found.scores.sum(1), found.heatmap().sum((1, 2)))
+    ]
+    what = "concept scores, and the map, add up to the logit" + ("" if target is None else ", of any class")
+    proof(ID, what, max(errors), at_most=1e-9, kind="closed form")
     torch.testing.assert_close(found.scores, found.values * found.attention.mean((2, 3)), rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
-def test_equals_the_equations_in_plain_loops():
+def test_equals_the_equations_in_plain_loops(proof):
     model, images = random_model(), random_images(2)
     found = snippet.explain(model, images, torch.tensor([1, 3]))
     e, WQ, WK, WV = model.concepts, model.query.weight, model.key.weight, model.value.weight
     O, b = model.output.weight, model.output.bias
     tokens = model.backbone.forward_features(images)[:, 1:]  # (2, 9, 12), behind the class token
+    errors = []
     for picture, target in enumerate((1, 3)):
         scores = [0.0] * 4
         for p, x in enumerate(tokens[picture]):
@@ -66,9 +73,10 @@ def test_equals_the_equations_in_plain_loops():
                 alpha = exponent[c] / sum(exponent)
                 assert math.isclose(alpha, float(found.attention[picture, c, p // 3, p % 3]), rel_tol=1e-9)
                 scores[c] += alpha * float((O @ (WV @ e[c]))[target]) / 9
-        torch.testing.assert_close(found.scores[picture], torch.tensor(scores, dtype=torch.float64))
+        errors.append(relative_error(found.scores[picture], scores))
         logit = sum(scores) + float(b[target])
         assert math.isclose(logit, float(model(images)[picture, target]), rel_tol=1e-9)
+    proof(ID, "concept scores", max(errors), at_most=1e-9, kind="parity", oracle="the equations in plain loops")
 
 
 def test_forward_is_cross_attention_then_projection_then_mean_over_the_patches():
@@ -82,16 +90,18 @@ def test_forward_is_cross_attention_then_projection_then_mean_over_the_patches()
     torch.testing.assert_close(model.output(mixed).mean(1), model(images), rtol=1e-10, atol=1e-10)
 
 
-def test_taking_a_concept_away_costs_its_score():
+def test_taking_a_concept_away_costs_its_score(proof):
     # Proposition of the paper: the scores are faithful, for without a concept's vote the logit falls by its score.
     model, images = random_model(), random_images()
     found = snippet.explain(model, images, torch.tensor([0, 1, 2]))
+    errors = []
     for concept in range(4):
         attention = model.concept_attention(images)[..., :-1].mean(1)
         attention[:, concept] = 0
         without = (attention @ model.concept_values() + model.output.bias)[range(3), range(3)]
         expected = found.scores.sum(1) + found.bias - found.scores[:, concept]
-        torch.testing.assert_close(without, expected, rtol=1e-10, atol=1e-10)
+        errors.append(relative_error(without.detach(), expected))
+    proof(ID, "without a concept's vote the logit falls by its score", max(errors), at_most=1e-9, kind="closed form")
 
 
 def test_permuting_the_concepts_permutes_their_scores():
@@ -194,18 +204,22 @@ def test_card_matches_the_file_and_the_model(shipped, scenes):
     assert abs(float(right) - card.metrics["top1"]) < 4 * spread + 0.005
 
 
-def test_attention_falls_on_the_part_that_the_concept_names(concepts, scenes):
+def test_attention_falls_on_the_part_that_the_concept_names(concepts, scenes, proof):
     where = glyphs.patch_fraction(scenes.part_masks[:, 0], (14, 14)) > 0  # (B, 5, 14, 14)
     index = present(scenes)[..., None, None].expand(-1, -1, 14, 14)
     attention = concepts.attention.gather(1, index)  # (B, 5, 14, 14)
     inside = ((attention * where).sum((2, 3)) / attention.sum((2, 3))).mean(0)  # of each part
     chance = where.float().mean((2, 3)).mean(0)
-    assert (inside > 6 * chance).all(), (inside, chance)
-    assert inside.mean() > 0.6
+    oracle = f"{len(scenes.images)} glyph scenes"
+    what = "share of a concept's attention inside its part, over that of chance: least of the five parts"
+    proof(ID, what, (inside / chance).min(), at_least=6, kind="ground truth", oracle=oracle)
+    what = "share of a concept's attention inside its part: mean of the five parts"
+    proof(ID, what, inside.mean(), at_least=0.6, kind="ground truth", oracle=oracle)
     # Where the creature has another variant of the part, the concept is attended to far less.
     total = concepts.attention.sum((2, 3)).unflatten(1, (5, 3))  # (B, 5, 3)
     share = total.gather(2, scenes.parameters.variants[:, 0, :, None])[..., 0] / total.sum(2)
-    assert (share.mean(0) > 0.5).all(), share.mean(0)  # one third by chance
+    what = "share of a part's attention for the variant that is there, one third by chance: least of the five parts"
+    proof(ID, what, share.mean(0).min(), at_least=0.5, kind="ground truth", oracle=oracle)
 
 
 def test_concepts_of_the_class_speak_for_it(concepts, scenes):
@@ -214,11 +228,19 @@ def test_concepts_of_the_class_speak_for_it(concepts, scenes):
     assert concepts.scores[of_class].mean() > 5 * concepts.scores[~of_class].mean().abs()
 
 
-def test_map_lies_inside_the_creature(concepts, scenes):
+def test_map_lies_inside_the_creature(concepts, scenes, proof):
     inside = glyphs.patch_fraction(scenes.object_masks[:, 0], (14, 14)) > 0
     heat = concepts.heatmap().clamp(min=0)
     share = (heat * inside).sum((1, 2)) / heat.sum((1, 2))
-    assert share.mean() > 0.8 > 2 * inside.float().mean()
+    oracle = f"{len(scenes.images)} glyph scenes; a uniform map scores {inside.float().mean():.2f}"
+    proof(
+        ID,
+        "share of the map on patches of the creature",
+        share.mean(),
+        at_least=0.8,
+        kind="ground truth",
+        oracle=oracle,
+    )
 
 
 def test_concept_scores_follow_the_scene_when_a_part_is_taken_away(shipped, scenes):

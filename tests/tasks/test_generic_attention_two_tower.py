@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import relative_error
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from vitx import ATLAS, catalog, glyphs, load_module, models
 from vitx.vit import UnsupportedModel
 
-snippet = load_module("generic-attention-two-tower")
+ID = "generic-attention-two-tower"
+snippet = load_module(ID)
 FILE = ATLAS / "snippets" / "models" / "two-tower-glyph.safetensors"
 IMAGE: dict[str, Any] = {
     "img_size": 24,
@@ -85,7 +87,7 @@ def similarity_in_loops(model, image, tokens, image_nudge=None, text_nudge=None)
     return math.exp(float(model.log_scale)) * cosine, image_attention, text_attention
 
 
-def test_equals_the_equations_in_plain_loops():
+def test_equals_the_equations_in_plain_loops(proof):
     """Equations 5 and 6 with gradients by central differences, entry by entry."""
     model, images = random_model(), random_images(1)
     tokens = model.text.tokenize(["a red cat"])
@@ -110,9 +112,11 @@ def test_equals_the_equations_in_plain_loops():
                 A_bar[i, j] += max(gradient * float(A[h, i, j]), 0) / 2
             R = R + A_bar @ R
         if tower == 0:
-            torch.testing.assert_close(found.image.flatten(), R[0, 1:], rtol=1e-6, atol=1e-8)
+            what, error = "image map", relative_error(found.image.flatten(), R[0, 1:])
         else:
-            torch.testing.assert_close(found.text[0], R[4, 1:4], rtol=1e-6, atol=1e-8)
+            what, error = "word relevance", relative_error(found.text[0], R[4, 1:4])
+        oracle = "the equations in plain loops, gradients by finite differences"
+        proof(ID, what, error, at_most=1e-6, kind="parity", oracle=oracle)
 
 
 def test_relevance_of_one_layer_without_gradient_is_the_identity():
@@ -266,11 +270,14 @@ def every_caption(variants: tuple[int, ...]) -> str:
     return f"a {pattern} {body} {eyes} creature with a {crest} crest and a {tail} tail"
 
 
-def test_words_that_name_a_part_matter_more_than_filling(found):
+def test_words_that_name_a_part_matter_more_than_filling(found, proof):
     attribute = torch.tensor([[word in ATTRIBUTES for word in row] for row in found.words])  # (B, L)
     named, filling = found.text[attribute].mean(), found.text[~attribute].mean()
-    assert named > 2 * filling, (named, filling)
-    assert attribute.gather(1, found.text.argmax(1, keepdim=True)).float().mean() > 0.9
+    what = "relevance of words that name a variant, over that of the other words"
+    proof(ID, what, named / filling, at_least=2, kind="ground truth", oracle="100 glyph captions")
+    first = attribute.gather(1, found.text.argmax(1, keepdim=True)).float().mean()
+    what = "captions whose most relevant word names a variant"
+    proof(ID, what, first, at_least=0.9, kind="ground truth", oracle="100 glyph captions")
 
 
 def test_swapping_a_word_lowers_the_similarity_and_moves_relevance(shipped, scenes, found):
@@ -288,13 +295,14 @@ def test_swapping_a_word_lowers_the_similarity_and_moves_relevance(shipped, scen
     assert swapped.text[spot].mean() < found.text[spot].mean()  # the wrong word no longer supports the match
 
 
-def test_map_lies_inside_the_creature_more_than_chance(found, scenes):
+def test_map_lies_inside_the_creature_more_than_chance(found, scenes, proof):
     inside = glyphs.patch_fraction(scenes.object_masks[:, 0], (14, 14)) > 0
     share = (found.image * inside).sum((1, 2)) / found.image.sum((1, 2))
-    assert share.mean() > 2 * inside.float().mean(), (share.mean(), inside.float().mean())
+    what = "share of the map on patches of the creature, over that of a uniform map"
+    proof(ID, what, share.mean() / inside.float().mean(), at_least=2, kind="ground truth", oracle="100 glyph scenes")
 
 
-def test_of_two_creatures_the_caption_chooses_the_one_that_is_shown(shipped):
+def test_of_two_creatures_the_caption_chooses_the_one_that_is_shown(shipped, proof):
     scenes = glyphs.scenes(60, 33, creatures=2)
     images = glyphs.normalise(scenes.images)
     captions = [caption.split(" and a ") for caption in glyphs.captions(scenes)]
@@ -306,4 +314,5 @@ def test_of_two_creatures_the_caption_chooses_the_one_that_is_shown(shipped):
         shares.append((image * inside).sum((2, 3)))  # (B, 2): relevance in the first and in the second creature
     own = shares[0][:, 0] + shares[1][:, 1]
     other = shares[0][:, 1] + shares[1][:, 0]
-    assert (own > other).float().mean() > 0.8
+    what = "scenes of two creatures in which each caption's map favours its own creature"
+    proof(ID, what, (own > other).float().mean(), at_least=0.8, kind="ground truth", oracle="60 glyph scenes")
