@@ -14,7 +14,24 @@ from vitx.vit import UnsupportedModel
 
 ENTRIES = {entry.id: entry for entry in catalog.load().methods.values() if entry.snippet}
 # Cheap settings of the methods that need many passes.
-OPTIONS = {"integrated-gradients": {"steps": 3}}
+OPTIONS = {
+    "integrated-gradients": {"steps": 3},
+    "attattr": {"steps": 2},
+    "tam": {"steps": 3},
+    "beyond-intuition": {"steps": 3},
+    "smoothgrad": {"samples": 4},
+    "gradientshap": {"samples": 4},
+    "iterated-integrated-attributions": {"steps": 2},
+    "tis": {"masks": 8},
+    "vit-cx": {"threshold": 0.2},
+    "atman": {"cell": 4},
+    "r-cut": {"centred": True},
+    "kernelshap": {"samples": 40},
+    "lime": {"samples": 30},
+    "rise": {"masks": 30},
+    "score-cam": {"channels": 8},
+    "grad-cam-plus-plus": {"relu": False},  # on the rough models nothing is left of the rectified map
+}
 # What a snippet may import above its demo, so that it can be lifted out with one kit file.
 IMPORTS = {
     "collections",

@@ -19,31 +19,21 @@
 
 # %%
 import torch
-from timm.layers.attention import Attention
-from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, capture, check, plain_blocks, readout, target_classes, target_scores, to_grid
-
-
-def ratio(relevance: Tensor, total: Tensor) -> Tensor:
-    """relevance / total, stabilised, and 0 where the total is 0."""
-    return torch.where(total == 0, 0, relevance / (total + 1e-9))
-
-
-def linear_relevance(relevance: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Deep-Taylor rule for a linear layer: relevance (..., out) of the output to relevance (..., in) of x (..., in)."""
-    positive, negative = weight.clamp(min=0), weight.clamp(max=0)  # (out, in)
-    x_positive, x_negative = x.clamp(min=0), x.clamp(max=0)
-    total = x_positive @ positive.T + x_negative @ negative.T  # (..., out): sum of the positive terms
-    share = ratio(relevance, total)
-    return x_positive * (share @ positive) + x_negative * (share @ negative)
-
-
-def product_relevance(relevance: Tensor, u: Tensor, v: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
-    """Relevance of the operands of ``product = u @ v``. Each operand claims all of it, so each is given one half."""
-    share = ratio(relevance, product)
-    return u * (share @ v.transpose(-2, -1)) / 2, v * (u.transpose(-2, -1) @ share) / 2
+from torch import Tensor
+from vitx.vit import (
+    capture,
+    check,
+    head_relevance,
+    linear_relevance,
+    plain_relevance_blocks,
+    product_relevance,
+    ratio,
+    readout,
+    target_classes,
+    target_scores,
+    to_grid,
+)
 
 
 def sum_relevance(relevance: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,15 +80,7 @@ def explain(model: VisionTransformer, images: Tensor, target: Tensor | None = No
     Source: Chefer, Gur, Wolf 2021 (CVPR), equations 1 to 14.
     """
     check(model, images)
-    blocks = plain_blocks(model)
-    if not all(is_plain(block) for block in blocks):
-        raise UnsupportedModel(
-            "transformer attribution has relevance rules for plain attention and two-layer MLPs, without gates or inner norms."
-        )
-    if model.global_pool not in ("token", "avg"):
-        raise UnsupportedModel(
-            f"transformer attribution has no relevance rule for a global_pool={model.global_pool!r} head."
-        )
+    blocks = plain_relevance_blocks(model)
     with torch.enable_grad(), capture(model, *READ) as record:
         logits = model(images)
         gradients = torch.autograd.grad(target_scores(logits, target).sum(), record["attention"])
@@ -110,38 +92,6 @@ def explain(model: VisionTransformer, images: Tensor, target: Tensor | None = No
             of_attention, relevance = block_relevance(blocks[index], layer, relevance, last=index == 0)
             row = row + row @ (gradients[index] * of_attention).clamp(min=0).mean(1)
     return to_grid(model, images, row[:, 0, model.num_prefix_tokens :])
-
-
-def is_plain(block: Block) -> bool:
-    """Softmax attention and a two-layer MLP, with no norm or gate between the linear layers."""
-    inner = (block.get_submodule("attn.norm"), block.get_submodule("mlp.norm"))
-    gated = getattr(block.attn, "gate", None) is not None
-    return (
-        type(block.attn) is Attention
-        and type(block.mlp) is Mlp
-        and not gated
-        and all(type(m) is nn.Identity for m in inner)
-    )
-
-
-def head_relevance(model: VisionTransformer, tokens: Tensor, target: Tensor) -> Tensor:
-    """Relevance (B, N, D) of the last block's output when the target class holds relevance one."""
-    one_hot = nn.functional.one_hot(target, model.num_classes).to(tokens.dtype)  # (B, classes)
-    tokens = model.norm(tokens)
-    relevance = torch.zeros_like(tokens)
-    if hasattr(model, "dist_token"):  # the logit is the mean of two heads: one linear layer on both tokens
-        weight = torch.cat([model.get_parameter("head.weight"), model.get_parameter("head_dist.weight")], 1) / 2
-        relevance[:, :2] = linear_relevance(one_hot, tokens[:, :2].flatten(1), weight).unflatten(1, (2, -1))
-    elif model.global_pool == "token":
-        relevance[:, 0] = linear_relevance(one_hot, model.fc_norm(tokens[:, 0]), model.get_parameter("head.weight"))
-    else:  # the mean over tokens passes relevance in proportion to each token's value
-        start = 0 if model.pool_include_prefix else model.num_prefix_tokens
-        pooled = linear_relevance(
-            one_hot, model.fc_norm(tokens[:, start:].mean(1)), model.get_parameter("head.weight")
-        )  # (B, D)
-        read = tokens[:, start:]
-        relevance[:, start:] = read * ratio(pooled, read.sum(1))[:, None]
-    return relevance
 
 
 def block_relevance(block: Block, layer: dict[str, Tensor], relevance: Tensor, last: bool) -> tuple[Tensor, Tensor]:

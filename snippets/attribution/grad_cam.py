@@ -14,7 +14,7 @@
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from vitx.vit import capture, check, target_scores, to_grid
+from vitx.vit import capture, check, embed, logits_of_tokens, plain_blocks, target_scores, to_grid
 
 
 def explain(
@@ -43,17 +43,26 @@ def explain(
     Source: Selvaraju et al. 2017, equations 1 and 2.
     """
     check(model, images)
-    if not -len(model.blocks) <= layer < len(model.blocks):
-        raise ValueError(f"layer {layer} is out of range: the model has {len(model.blocks)} blocks.")
-    with torch.enable_grad(), capture(model, "norm1") as record:
-        scores = target_scores(model(images), target)  # (B,) logits y^c
-        features = record["norm1"][layer]  # (B, N, D)
-        (gradient,) = torch.autograd.grad(scores.sum(), features)  # (B, N, D)
-    prefix = model.num_prefix_tokens
-    features, gradient = features[:, prefix:], gradient[:, prefix:]  # (B, P, D): patches only
+    features, gradient = features_and_gradient(model, images, target, layer)  # (B, P, D): A and dy/dA
     weights = gradient.mean(1, keepdim=True)  # (B, 1, D): alpha_k
     cam = (weights * features).sum(-1)  # (B, P)
     return to_grid(model, images, cam.relu() if relu else cam)
+
+
+def features_and_gradient(
+    model: VisionTransformer, images: Tensor, target: Tensor | None, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Patch tokens after ``norm1`` of one block, and the gradient of the class logit by them: (B, P, D) each."""
+    depth, prefix = len(plain_blocks(model)), model.num_prefix_tokens
+    if not -depth <= layer < depth:
+        raise ValueError(f"layer {layer} is out of range: the model has {depth} blocks.")
+    with torch.no_grad():  # what lies below the layer needs no graph
+        tokens = model.blocks[: layer % depth](embed(model, images))  # (B, N, D)
+    with torch.enable_grad(), capture(model, "norm1") as record:
+        scores = target_scores(logits_of_tokens(model, tokens, first=layer % depth), target)  # (B,) logits y^c
+        features = record["norm1"][0]  # (B, N, D), of the first block that ran
+        (gradient,) = torch.autograd.grad(scores.sum(), features)
+    return features[:, prefix:].detach(), gradient[:, prefix:]
 
 
 # %% [markdown]

