@@ -136,27 +136,14 @@ def load_pretrained(path) -> IceTransformer:
 # 1. The paper's picture is binary: foreground or background, `classes != K` here. The map is the probability of a class
 #    instead, so that it can be asked about any class; the background's share is taken from it.
 # 2. A stock model has no background and never classified single patches: here its own head reads them, which the paper does
-#    not propose. `glyph`, below, names a creature in every patch of the picture, since nothing taught it to say none;
-#    `ice-glyph` is that model after ICE, trained on glyph scenes with the labels of the pictures alone.
+#    not propose. The maps below are of stock models: `glyph` names a creature in every patch of the picture, since nothing
+#    taught it to say none. No model trained by ICE ships yet; `snippets/models/train_ice_glyph.py` trains one.
 # 3. Half a mean in the second loss, one more in the denominator of the first, no final norm, $\lambda = 0.025$, and no
 #    second loss when fewer than a tenth of the patches are foreground: these details are from the authors' code.
 # 4. Other heads: a distilled model's two heads are averaged; attention pooling reads each patch as if it were alone.
 
 # %%
 if __name__ == "__main__":
-    from vitx import demo, glyphs, models, plot
+    from vitx import demo
 
-    stock, trained = models.load("glyph").model, models.load("ice-glyph").model
-    rows = []
-    for seed in (7, 11):
-        scene = glyphs.scenes(1, seed, creatures=2)
-        picture = scene.images[0].permute(1, 2, 0).numpy()
-        x, truth = glyphs.normalise(scene.images), glyphs.patch_fraction(scene.object_masks[0].any(0), (14, 14))
-        cells = [plot.Cell(picture, None, "glyph scene"), plot.Cell(picture, truth, "truth: the creatures")]
-        for name, model in (("glyph", stock), ("ice-glyph", trained)):
-            for label in scene.labels[0]:
-                found = explain(model, x, label[None])  # pyright: ignore[reportArgumentType]
-                cells.append(plot.Cell(picture, found.relevance[0], f"{name}: {glyphs.CLASS_NAMES[label]}"))
-        foreground = (found.classes[0] < len(glyphs.CLASS_NAMES)).float()
-        rows.append([*cells, plot.Cell(picture, foreground, "ice-glyph: foreground")])
-    demo.show(plot.grid(rows), "ice")
+    demo.heatmap(explain, "ice")

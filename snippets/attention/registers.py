@@ -99,7 +99,7 @@ def neighbour_similarity(embeddings: Tensor) -> Tensor:
 #    Models that have registers are measured like others, and their registers are no patches.
 # 4. Neither bundled model has outliers. So it should be: in the paper only ViT-Large and larger have them. Attention can
 #    gather on single patches all the same: in the first block of `photo` one head sends the attention of nearly all tokens
-#    to one and the same patch, whose norm is ordinary, which is why rollout lights up single patches on that model.
+#    to one and the same patch, whose norm is ordinary.
 # 5. Without class token, attention starts from what the head reads (`vitx.vit.readout`).
 
 # %%

@@ -66,7 +66,7 @@ def explain(
     paired: bool = True,
     removal: str = "grey",
     score: str = "logit",
-    chunk: int = 64,
+    chunk: int = 16,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Estimated Shapley value of every patch for the class score.
@@ -80,7 +80,7 @@ def explain(
         removal: "grey" paints hidden patches with the mean colour (zero after normalisation); "drop" takes their
             tokens away, so that the model runs on the shorter sequence: half the cost.
         score: v is the class "logit" or its "probability".
-        chunk: pictures per forward pass; bounds the memory.
+        chunk: whole pictures per forward pass, or shortened ones with as many tokens; bounds the memory.
         generator: draws the coalitions, the same for all pictures; None is a new one seeded 0.
 
     Returns:
@@ -123,7 +123,8 @@ def explain(
             for size in sizes.unique().tolist():  # coalitions of one size are sequences of one length
                 members = (sizes == size).nonzero()[:, 0]
                 shown = z[members].nonzero()[:, 1].view(-1, size)  # (members, size) patch indices
-                for pair in torch.arange(len(members) * len(images), device=images.device).split(chunk):
+                pairs = torch.arange(len(members) * len(images), device=images.device)
+                for pair in pairs.split(max(1, chunk * z.shape[1] // size)):
                     row, picture = pair // len(images), pair % len(images)
                     logits = logits_of_tokens(model, keep_tokens(model, tokens[picture], shown[row]))
                     values[picture, members[row]] = worth(logits, picture)
