@@ -124,8 +124,9 @@ def spread(masks: Tensor, count: int) -> tuple[Tensor, Tensor]:
 #    and the authors' code has the one and not the other: each channel counts by its probability. The default is the
 #    algorithm with logits, as in common libraries; `weights="probability"` is the code.
 # 4. `channels` saves passes and is ours. The score is a continuous function of the mask: channels with nearly the same mask
-#    have nearly the same score, and of a given number of masks the ones farthest apart serve the others best. With
-#    exact duplicates skipped the result is exact.
+#    have nearly the same score, and of a given number of masks the ones farthest apart serve the others best. Skipping
+#    exact duplicates is exact; skipping more is an approximation, since the softmax gives most of the weight to a few
+#    channels, and the map suffers where one of those is skipped.
 # 5. The result stays on the patch grid.
 
 # %%

@@ -100,7 +100,7 @@ def _costs(run: Callable, repeats: int) -> dict[str, Any]:
     own_seconds = 0.0
     for batch in BATCHES:
         images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(batch))
-        with torch.inference_mode():
+        with torch.no_grad():  # an inference tensor as target would be refused by backward passes
             target = model(images).argmax(-1)
             model(images)
         before = _peak_memory()
