@@ -2,6 +2,7 @@
 
 import ast
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from vitx.vit import UnsupportedModel
 
 ENTRIES = {entry.id: entry for entry in catalog.load().methods.values() if entry.snippet}
 # Cheap settings of the methods that need many passes.
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "integrated-gradients": {"steps": 3},
     "attattr": {"steps": 2},
     "tam": {"steps": 3},
@@ -186,6 +187,15 @@ def test_target(id, variants, proof):
             one_sentence(error)
     else:
         assert change == 0
+
+
+@pytest.mark.parametrize("id", PLAIN)
+def test_target_made_in_inference_mode(id, variants):
+    model = variants["vit_tiny_patch16_224"]
+    x = pictures(model, 1)
+    with torch.inference_mode():
+        target = model(x).argmax(-1)
+    assert explained(id, model, x, target)["heatmap"].shape == (1, 4, 4)
 
 
 @pytest.mark.parametrize("id", PLAIN)

@@ -95,7 +95,7 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     snippet = load_module("generic-attention-two-tower")
     network = backbone(arguments.root, num_classes=TEXT["outputs"])
-    nn.init.normal_(network.head.weight, std=BACKBONE["embed_dim"] ** -0.5)
+    nn.init.normal_(network.get_parameter("head.weight"), std=BACKBONE["embed_dim"] ** -0.5)
     class_captions = tuple(captions_of(torch.tensor(glyphs.CLASS_PARTS)))
     model = snippet.TwoTower(network, snippet.TextTower(**TEXT), class_captions)
     captions = model.text.tokenize(captions_of(COMBINATIONS))  # (243, L)

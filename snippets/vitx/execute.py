@@ -10,7 +10,7 @@ import hashlib
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -173,7 +173,10 @@ def figures() -> dict[str, Path]:
     """
     entries = [entry for entry in catalog.load().methods.values() if entry.snippet and entry.model == "glyph"]
     chosen = most_referred(entries)
-    wanted = {"compare-photo": (("photo",), chosen), "compare-glyph": (("glyph",), chosen)}
+    wanted: dict[str, tuple[tuple[str, ...], list[str]]] = {
+        "compare-photo": (("photo",), chosen),
+        "compare-glyph": (("glyph",), chosen),
+    }
     for family in dict.fromkeys(entry.family for entry in entries):
         members = [entry.id for entry in entries if entry.family == family]
         wanted[f"compare-{family}"] = (("photo", "glyph"), members)
@@ -193,8 +196,9 @@ def figures() -> dict[str, Path]:
                     for id in ids:
                         of_world[id] = _maps(id, world)
                         progress.advance(task)
-                draw = {("photo",): compare.photographs, ("glyph",): compare.scenes}.get(worlds, compare.family)
-                figure: Figure = draw(*maps)
+                single = compare.photographs if worlds == ("photo",) else compare.scenes
+                draw: Callable[..., Figure] = single if len(worlds) == 1 else compare.family
+                figure = draw(*maps)
             _keep(path, plot.encode(figure, "jpeg"), f"{name}-{'?' * 16}.jpg")
         result[name] = path
     return result

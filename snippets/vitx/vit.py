@@ -137,7 +137,7 @@ def target_classes(logits: Tensor, target: Tensor | None = None) -> Tensor:
     outside = target[(target < 0) | (target >= logits.shape[1])]
     if len(outside):
         raise ValueError(f"class {int(outside[0])} is out of range: the model has classes 0 to {logits.shape[1] - 1}.")
-    return target.long()
+    return target.long().clone()  # a target made in inference mode would be refused by a backward pass
 
 
 def target_scores(logits: Tensor, target: Tensor | None = None) -> Tensor:
@@ -339,7 +339,7 @@ def replaced_attention(block: nn.Module, attention: Tensor) -> Iterator[None]:
     Gradients flow into ``attention``. Raises UnsupportedModel where the block has no one attention matrix.
     """
     module = _attention_module(block, -1)
-    fused, module.fused_attn = module.fused_attn, False
+    fused, module.fused_attn = module.fused_attn, False  # pyright: ignore[reportArgumentType]
     handle = module.get_submodule("attn_drop").register_forward_hook(lambda *_: attention)
     try:
         yield

@@ -31,7 +31,7 @@ def test_powers_of_two_are_evenly_spaced_and_larger_is_higher():
 
 def test_zero_is_on_the_axis_and_names_do_not_overlap():
     svg = drawn({name: [(1, 0.5, 0.0)] for name in "abcd"})
-    labels = [float(t.get("y")) for t in svg.findall(".//g/text")]
+    labels = [float(t.get("y") or 0) for t in svg.findall(".//g/text")]
     gaps = [b - a for a, b in zip(sorted(labels), sorted(labels)[1:], strict=False)]
     assert min(gaps) >= 14
     ticks = [t.text for t in svg.findall(".//text") if re.fullmatch(r"-?[\d.]+", t.text or "")]
