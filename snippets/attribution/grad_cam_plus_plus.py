@@ -16,7 +16,7 @@
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from vitx.vit import capture, check, embed, logits_of_tokens, plain_blocks, target_scores, to_grid
+from vitx.vit import check, features_and_gradient, to_grid
 
 
 def explain(
@@ -60,22 +60,6 @@ def explain(
     weights = (alpha * positive).sum(1, keepdim=True)  # (B, 1, D): w_k
     cam = (weights * features).sum(-1)  # (B, P)
     return to_grid(model, images, cam.relu() if relu else cam)
-
-
-def features_and_gradient(
-    model: VisionTransformer, images: Tensor, target: Tensor | None, layer: int
-) -> tuple[Tensor, Tensor]:
-    """Patch tokens after ``norm1`` of one block, and the gradient of the class logit by them: (B, P, D) each."""
-    depth, prefix = len(plain_blocks(model)), model.num_prefix_tokens
-    if not -depth <= layer < depth:
-        raise ValueError(f"layer {layer} is out of range: the model has {depth} blocks.")
-    with torch.no_grad():  # what lies below the layer needs no graph
-        tokens = model.blocks[: layer % depth](embed(model, images))  # (B, N, D)
-    with torch.enable_grad(), capture(model, "norm1") as record:
-        scores = target_scores(logits_of_tokens(model, tokens, first=layer % depth), target)  # (B,) logits S^c
-        features = record["norm1"][0]  # (B, N, D), of the first block that ran
-        (gradient,) = torch.autograd.grad(scores.sum(), features)
-    return features[:, prefix:].detach(), gradient[:, prefix:]
 
 
 # %% [markdown]

@@ -10,10 +10,9 @@
 # Patch tokens are the positions, embedding dimensions the channels, as in `grad-cam`. Catalogue entry: `layer-cam`.
 
 # %%
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from vitx.vit import capture, check, embed, logits_of_tokens, plain_blocks, target_scores, to_grid
+from vitx.vit import check, features_and_gradient, to_grid
 
 
 def explain(
@@ -45,22 +44,6 @@ def explain(
     features, gradient = features_and_gradient(model, images, target, layer)  # (B, P, D): A and dy/dA
     cam = (gradient.relu() * features).sum(-1)  # (B, P)
     return to_grid(model, images, cam.relu() if relu else cam)
-
-
-def features_and_gradient(
-    model: VisionTransformer, images: Tensor, target: Tensor | None, layer: int
-) -> tuple[Tensor, Tensor]:
-    """Patch tokens after ``norm1`` of one block, and the gradient of the class logit by them: (B, P, D) each."""
-    depth, prefix = len(plain_blocks(model)), model.num_prefix_tokens
-    if not -depth <= layer < depth:
-        raise ValueError(f"layer {layer} is out of range: the model has {depth} blocks.")
-    with torch.no_grad():  # what lies below the layer needs no graph
-        tokens = model.blocks[: layer % depth](embed(model, images))  # (B, N, D)
-    with torch.enable_grad(), capture(model, "norm1") as record:
-        scores = target_scores(logits_of_tokens(model, tokens, first=layer % depth), target)  # (B,) logits y^c
-        features = record["norm1"][0]  # (B, N, D), of the first block that ran
-        (gradient,) = torch.autograd.grad(scores.sum(), features)
-    return features[:, prefix:].detach(), gradient[:, prefix:]
 
 
 # %% [markdown]

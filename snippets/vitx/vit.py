@@ -376,6 +376,29 @@ def logits_of_visible(model: VisionTransformer, images: Tensor, visible: Tensor)
     return model.head(model.head_drop(model.fc_norm(pooled)))
 
 
+def features_and_gradient(
+    model: VisionTransformer, images: Tensor, target: Tensor | None, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Patch tokens after ``norm1`` of one block, and the gradient of the class logit by them: (B, P, D) each.
+
+    The class is ``target`` (B,), or the predicted one. Blocks below ``layer`` run without a graph.
+
+    Raises:
+        UnsupportedModel: blocks that are not pre-norm.
+        ValueError: no such layer.
+    """
+    depth, prefix = len(plain_blocks(model)), model.num_prefix_tokens
+    if not -depth <= layer < depth:
+        raise ValueError(f"layer {layer} is out of range: the model has {depth} blocks.")
+    with torch.no_grad():  # what lies below the layer needs no graph
+        tokens = model.blocks[: layer % depth](embed(model, images))  # (B, N, D)
+    with torch.enable_grad(), capture(model, "norm1") as record:
+        scores = target_scores(logits_of_tokens(model, tokens, first=layer % depth), target)  # (B,) logits y^c
+        features = record["norm1"][0]  # (B, N, D), of the first block that ran
+        (gradient,) = torch.autograd.grad(scores.sum(), features)
+    return features[:, prefix:].detach(), gradient[:, prefix:]
+
+
 # --- other rules for the backward pass -----------------------------------------------------------------------------
 # Relevance in gradient form: a tensor x with gradient g holds the relevance x * g. A linear step hands on all that it
 # received, less the share of its bias: sum(x * W.T @ g) = sum((y - b) * g). The other steps of a transformer do not, so

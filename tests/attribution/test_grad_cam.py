@@ -4,6 +4,7 @@ import torch
 import vitx
 from helpers import pictures, relative_error, tiny, variant
 from pytorch_grad_cam import GradCAM
+from vitx.vit import capture
 
 ID = "grad-cam"
 
@@ -33,7 +34,7 @@ def test_the_last_output_would_be_empty():
     """Why norm1 of the last block is read: a class-token head reads no patch token of the last block's output."""
     model = tiny(2)
     x = pictures(model)
-    with vitx.load_module(ID).capture(model, "block_output") as record:
+    with capture(model, "block_output") as record:
         (gradient,) = torch.autograd.grad(model(x)[:, 0].sum(), record["block_output"][-1])
     assert gradient[:, 1:].abs().max() == 0
     assert vitx.load(ID)(model, x, relu=False).abs().min() > 0
