@@ -11,7 +11,7 @@ import torch
 from scipy.special import erf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx import ATLAS
+from vitx import ATLAS, glyphs, load_module, models
 
 
 def roughen(model: nn.Module, seed: int = 0) -> Any:
@@ -71,6 +71,47 @@ def variant(name: str, **options: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return roughen(timm.create_model(architecture, pretrained=False, **settings))
+
+
+TWO_TOWER = ("a cat", "a dog", "a red dog")
+# What explain(model, images, target) of a two-tower model says of captions for three pictures, ``tiny_two_tower``'s.
+REFUSED_CAPTIONS: list[tuple[Any, str]] = [
+    (["a rde cat"] * 3, "does not know the word 'rde'; nearest: red"),
+    (["a cat"], "there are 1 captions for 3 pictures"),
+    (["a a a a a a"] * 3, "a caption has 6 words, and the text tower reads at most 5"),
+    (torch.tensor([0, 3, 0]), "class 3 is out of range"),
+]
+
+
+def tiny_two_tower(depth: int = 3, text_depth: int = 2, **options: Any) -> Any:
+    """A two-tower model of ``tiny`` with six outputs and of a text tower that knows five words, in double precision."""
+    snippet = load_module("generic-attention-two-tower")
+    image = tiny(depth, img_size=(16, 24), num_classes=6, **options)
+    words = ("a", "cat", "dog", "red", "blue")
+    with torch.random.fork_rng(devices=[]):
+        text = snippet.TextTower(words=words, length=7, width=8, depth=text_depth, heads=2, outputs=6)
+        return snippet.TwoTower(image, roughen(text, 1), TWO_TOWER).double().eval()
+
+
+def scenes_of_two(count: int, seed: int = 33) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
+    """The model two-tower-glyph, and ``count`` scenes of two creatures that are asked for in turn.
+
+    Returns:
+        model; images (2 count, 3, 112, 112); the class asked for (2 count,); patches (2 count, 196) bool of that
+        creature and of the other one, without those that both touch.
+    """
+    scenes = glyphs.scenes(count, seed, creatures=2)
+    images = glyphs.normalise(scenes.images).repeat(2, 1, 1, 1)
+    inside = (glyphs.patch_fraction(scenes.object_masks, (14, 14)) > 0).flatten(2)
+    named, other = torch.cat([inside[:, 0], inside[:, 1]]), torch.cat([inside[:, 1], inside[:, 0]])
+    return models.load("two-tower-glyph").model, images, scenes.labels.T.flatten(), named & ~other, other & ~named
+
+
+def area_under_curve(maps: Tensor, named: Tensor) -> Tensor:
+    """(n,) area under the ROC curve of maps (n, gh, gw) or (n, P) for the named patches (n, P); 1/2 by chance."""
+    ranks = maps.flatten(1).argsort(1).argsort(1).double() + 1
+    inside = named.sum(1)
+    return ((ranks * named).sum(1) - inside * (inside + 1) / 2) / (inside * (named.shape[1] - inside))
 
 
 def relative_error(ours: Any, theirs: Any) -> float:

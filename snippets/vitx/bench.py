@@ -81,9 +81,9 @@ def differences(ids: list[str], scenes: int = 32, path: Path | None = None) -> d
     """How far the map of the official code, where it differs from the paper, is from the paper's.
 
     Args:
-        ids: catalogue ids. scenes: glyph scenes; the five sample photographs are added. Methods whose
-            entries have ``quick`` arguments see a quarter of the scenes and one photograph. path: of the result; None
-            is differences.json beside ``RESULT``.
+        ids: catalogue ids. scenes: glyph scenes; the five sample photographs are added for methods that explain any
+            model. Methods whose entries have ``quick`` arguments see a quarter of the scenes and one photograph.
+            path: of the result; None is differences.json beside ``RESULT``.
 
     Returns:
         see ``measure_rows``; a row for each difference that has an option: method, options, and for "glyph" and "photo"
@@ -97,12 +97,15 @@ def differences(ids: list[str], scenes: int = 32, path: Path | None = None) -> d
     plain: dict[tuple[str, str], Tensor] = {}
 
     def of(id: str) -> dict[str, Tensor]:
-        return few if catalog.get(catalog.load(), id).quick else pictures
+        entry = catalog.get(catalog.load(), id)
+        seen = few if entry.quick else pictures
+        return seen if entry.model == "glyph" else {"glyph": seen["glyph"]}
 
     def correlations(id: str, options: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {}
         for world, x in of(id).items():
-            explain, model = load(id), models.load(world).model
+            own = catalog.get(catalog.load(), id).model
+            explain, model = load(id), models.load(own if world == "glyph" else world).model
             if (id, world) not in plain:
                 plain[id, world] = heatmap(explain(model, x))
             values = metrics.correlation(plain[id, world], heatmap(explain(model, x, **options)))
@@ -115,7 +118,7 @@ def differences(ids: list[str], scenes: int = 32, path: Path | None = None) -> d
         for difference in catalog.get(catalog.load(), id).differences:
             if difference.options is not None:
                 row = {"method": id, "options": dict(difference.options), "key": identity}
-                row |= {"scenes": len(of(id)["glyph"]), "photographs": len(of(id)["photo"])}
+                row |= {"scenes": len(of(id)["glyph"]), "photographs": len(of(id).get("photo", []))}
                 jobs.append((row, partial(correlations, id, row["options"])))
     about = {"seed": SEED, "scenes": scenes, "photographs": len(pictures["photo"])}
     return measure_rows("differences", jobs, path or RESULT.with_name("differences.json"), about)

@@ -253,6 +253,7 @@ def differences_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
         said = "<br>".join(
             f"{world}: {number(row[world]['mean'])} (smallest {number(row[world]['smallest'])})"
             for world in ("glyph", "photo")
+            if world in row  # models of the glyph world see no photographs
         )
         few = f"<br>over {row['scenes']} scenes and one photograph" if row.get("photographs") == 1 else ""
         return f"<code>{escape(options)}</code><br>{said}{few}"

@@ -6,24 +6,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import layer_norm, pictures, relative_error, roughen, tiny, twin_block, twin_tokens, weights
-from vitx import glyphs, load_module, models
+from helpers import (
+    REFUSED_CAPTIONS,
+    TWO_TOWER,
+    area_under_curve,
+    layer_norm,
+    pictures,
+    relative_error,
+    scenes_of_two,
+    tiny_two_tower,
+    twin_block,
+    twin_tokens,
+    weights,
+)
+from vitx import load_module
 from vitx.vit import UnsupportedModel
 
 ID = "clip-surgery"
 snippet = load_module(ID)
-two_tower = load_module("generic-attention-two-tower")
-TEXT: dict[str, Any] = {
-    "words": ("a", "cat", "dog", "red", "blue"), "length": 7, "width": 8, "depth": 2, "heads": 2, "outputs": 6,
-}  # fmt: skip
-CLASSES = ("a cat", "a dog", "a red dog")
-
-
-def tiny_model(depth: int = 3, **options: Any) -> Any:
-    image = tiny(depth, img_size=(16, 24), num_classes=6, **options)
-    with torch.random.fork_rng(devices=[]):
-        text = roughen(two_tower.TextTower(**TEXT), 1)
-        return two_tower.TwoTower(image, text, CLASSES).double().eval()
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ def twin_surgery(F: np.ndarray, T: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("layers", [0, 1, 2, 3])
 def test_equals_both_surgeries_in_plain_loops(layers, proof):
-    model = tiny_model()
+    model = tiny_two_tower()
     x = pictures(model.image, 2)
     labels = ["a cat", "blue", "a red dog", "dog"]
     T = text_vectors(model, labels)
@@ -92,7 +92,7 @@ def test_equals_both_surgeries_in_plain_loops(layers, proof):
 
 
 def test_each_surgery_alone_in_plain_loops(proof):
-    model = tiny_model()
+    model = tiny_two_tower()
     x = pictures(model.image, 1)
     F, t = twin_features(model, x[0], 2), text_vectors(model, ["a blue dog"])[0]
     nothing = text_vectors(model, [""])[0]
@@ -104,7 +104,7 @@ def test_each_surgery_alone_in_plain_loops(proof):
 
 
 def test_half_of_the_blocks_have_a_second_path_by_default():
-    model = tiny_model(5)
+    model = tiny_two_tower(5)
     x = pictures(model.image, 1)
     assert torch.equal(snippet.explain(model, x), snippet.explain(model, x, layers=2))
 
@@ -114,7 +114,7 @@ def test_half_of_the_blocks_have_a_second_path_by_default():
 
 def test_the_maps_of_a_label_set_sum_to_zero(proof):
     """What all labels share has been taken away from each."""
-    model = tiny_model()
+    model = tiny_two_tower()
     x = pictures(model.image, 3)
     maps = torch.stack([snippet.explain(model, x, torch.full((3,), index)) for index in range(3)])
     error = maps.sum(0).abs().max() / maps.abs().max()
@@ -122,7 +122,7 @@ def test_the_maps_of_a_label_set_sum_to_zero(proof):
 
 
 def test_with_nothing_cut_it_is_the_raw_similarity_map(proof):
-    model = tiny_model()
+    model = tiny_two_tower()
     x = pictures(model.image, 3)
     with torch.no_grad():
         vectors = model.image.head(model.image.forward_features(x))
@@ -134,7 +134,7 @@ def test_with_nothing_cut_it_is_the_raw_similarity_map(proof):
 
 
 def test_the_original_path_is_untouched():
-    model = tiny_model(init_values=0.3)
+    model = tiny_two_tower(init_values=0.3)
     x = pictures(model.image, 2)
     with torch.no_grad():
         tokens = snippet.surgery_tokens(model.image, x, 2)
@@ -142,7 +142,7 @@ def test_the_original_path_is_untouched():
 
 
 def test_value_attention_takes_no_notice_of_queries_and_keys():
-    model = tiny_model()
+    model = tiny_two_tower()
     x = pictures(model.image, 1)
     before = snippet.explain(model, x, ["dog"], layers=1, redundant="none")
     with torch.no_grad():
@@ -154,15 +154,14 @@ def test_value_attention_takes_no_notice_of_queries_and_keys():
 
 
 def test_a_caption_of_the_label_set_is_counted_once():
-    model = tiny_model()
+    model = tiny_two_tower()
     x = pictures(model.image, 2)
     by_class = snippet.explain(model, x, torch.tensor([2, 1]))
-    assert torch.equal(by_class, snippet.explain(model, x, [CLASSES[2], CLASSES[1]]))
-    torch.testing.assert_close(
-        by_class, snippet.explain(model, x, [CLASSES[2], CLASSES[1]], labels=list(CLASSES[::-1]))
-    )
+    captions = [TWO_TOWER[2], TWO_TOWER[1]]
+    assert torch.equal(by_class, snippet.explain(model, x, captions))
+    torch.testing.assert_close(by_class, snippet.explain(model, x, captions, labels=list(TWO_TOWER[::-1])))
     with_new = snippet.explain(model, x, ["blue", "blue"])
-    torch.testing.assert_close(with_new, snippet.explain(model, x, ["blue", "blue"], labels=[*CLASSES, "blue"]))
+    torch.testing.assert_close(with_new, snippet.explain(model, x, ["blue", "blue"], labels=[*TWO_TOWER, "blue"]))
     best = model(x).argmax(1)
     assert torch.equal(snippet.explain(model, x), snippet.explain(model, x, best))
 
@@ -170,7 +169,7 @@ def test_a_caption_of_the_label_set_is_counted_once():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("redundant", ["labels", "empty", "none"])
 def test_contract(redundant, dtype):
-    model = tiny_model(reg_tokens=2).to(dtype)
+    model = tiny_two_tower(reg_tokens=2).to(dtype)
     x = pictures(model.image, 3)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     captions = ["a red cat", "dog", "a blue red blue dog"]
@@ -187,25 +186,22 @@ def test_contract(redundant, dtype):
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        (["a rde cat"] * 3, {}, "does not know the word 'rde'; nearest: red"),
-        (["a cat"], {}, "there are 1 captions for 3 pictures"),
-        (["a a a a a a"] * 3, {}, "a caption has 6 words, and the text tower reads at most 5"),
-        (torch.tensor([0, 3, 0]), {}, "class 3 is out of range"),
+        *((target, {}, message) for target, message in REFUSED_CAPTIONS),
         (None, {"layers": 4}, "layers must lie between 0 and 3"),
         (None, {"redundant": "all"}, "redundant is"),
     ],
 )
 def test_what_is_refused(target, options, message):
-    model = tiny_model()
+    model = tiny_two_tower()
     with pytest.raises(ValueError, match=message):
         snippet.explain(model, pictures(model.image, 3), target, **options)
 
 
 def test_other_models_are_refused():
-    model = tiny_model()
+    model = tiny_two_tower()
     with pytest.raises(UnsupportedModel, match="VisionTransformer has no text tower"):
         snippet.explain(model.image, pictures(model.image, 1))
-    average = tiny_model(global_pool="avg", class_token=True)
+    average = tiny_two_tower(global_pool="avg", class_token=True)
     with pytest.raises(UnsupportedModel, match="not its class token"):
         snippet.explain(average, pictures(average.image, 1))
 
@@ -215,19 +211,7 @@ def test_other_models_are_refused():
 
 @pytest.fixture(scope="module")
 def world():
-    """The model, scenes of two creatures twice over, the class asked for, and where it and the other one are."""
-    scenes = glyphs.scenes(60, 33, creatures=2)
-    images = glyphs.normalise(scenes.images).repeat(2, 1, 1, 1)
-    inside = (glyphs.patch_fraction(scenes.object_masks, (14, 14)) > 0).flatten(2)
-    named, other = torch.cat([inside[:, 0], inside[:, 1]]), torch.cat([inside[:, 1], inside[:, 0]])
-    return models.load("two-tower-glyph").model, images, scenes.labels.T.flatten(), named & ~other, other & ~named
-
-
-def area(maps: torch.Tensor, named: torch.Tensor) -> torch.Tensor:
-    """(n,) area under the ROC curve of maps (n, gh, gw) for the named patches (n, P); 1/2 by chance."""
-    ranks = maps.flatten(1).argsort(1).argsort(1).double() + 1
-    inside = named.sum(1)
-    return ((ranks * named).sum(1) - inside * (inside + 1) / 2) / (inside * (named.shape[1] - inside))
+    return scenes_of_two(60)
 
 
 def favours(maps: torch.Tensor, named: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -247,7 +231,7 @@ def test_the_creature_that_the_caption_names_stands_out(world, proof):
     hit = named.gather(1, maps.flatten(1).argmax(1, keepdim=True)).float().mean()
     what = f"captions whose highest patch is on the named creature (chance {float(named.float().mean()):.2f})"
     proof(ID, what, hit, at_least=0.6, kind="ground truth", oracle=oracle)
-    areas = [float(area(one, named).mean()) for one in (raw, first, maps)]
+    areas = [float(area_under_curve(one, named).mean()) for one in (raw, first, maps)]
     what = "area under the ROC curve of the named creature's patches (chance 0.5)"
     proof(ID, what, areas[2], at_least=0.6, kind="ground truth", oracle=oracle)
     what = "the same, less that of the raw similarity map: architecture surgery alone"
@@ -262,4 +246,4 @@ def test_the_raw_map_of_this_model_is_opposite_too(world, proof):
     raw = snippet.explain(model, images, labels, layers=0, redundant="none")
     what = "raw similarity map: area under the ROC curve of the patches of both creatures (chance 0.5)"
     oracle = "60 glyph scenes of two creatures, each asked for"
-    proof(ID, what, area(raw, named | other).mean(), at_most=0.45, kind="ground truth", oracle=oracle)
+    proof(ID, what, area_under_curve(raw, named | other).mean(), at_most=0.45, kind="ground truth", oracle=oracle)

@@ -1,29 +1,27 @@
 """Text-based decomposition: nothing is lost, each term is what the loops say, and TextSpan finds planted directions."""
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import layer_norm, pictures, relative_error, roughen, tiny, twin_block, twin_tokens, weights
+from helpers import (
+    REFUSED_CAPTIONS,
+    area_under_curve,
+    layer_norm,
+    pictures,
+    relative_error,
+    scenes_of_two,
+    tiny_two_tower,
+    twin_block,
+    twin_tokens,
+    weights,
+)
 from vitx import glyphs, load_module, models
 from vitx.vit import UnsupportedModel
 
 ID = "clip-text-decomposition"
 snippet = load_module(ID)
-two_tower = load_module("generic-attention-two-tower")
-TEXT: dict[str, Any] = {
-    "words": ("a", "cat", "dog", "red", "blue"), "length": 7, "width": 8, "depth": 2, "heads": 2, "outputs": 6,
-}  # fmt: skip
-CLASSES = ("a cat", "a dog", "a red dog")
-
-
-def tiny_model(depth: int = 3, **options: Any) -> Any:
-    image = tiny(depth, img_size=(16, 24), num_classes=6, **options)
-    with torch.random.fork_rng(devices=[]):
-        text = roughen(two_tower.TextTower(**TEXT), 1)
-        return two_tower.TwoTower(image, text, CLASSES).double().eval()
 
 
 # --- the identity ----------------------------------------------------------------------------------------------------
@@ -40,7 +38,7 @@ TOWERS = {
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_all_contributions_sum_to_the_picture_vector(name, proof):
-    model = tiny_model(4, **TOWERS[name])
+    model = tiny_two_tower(4, **TOWERS[name])
     x = pictures(model.image, 3)
     parts = snippet.decompose(model.image, x)
     with torch.no_grad():
@@ -67,7 +65,7 @@ def test_all_contributions_sum_to_the_picture_vector_of_the_model_that_ships(pro
 
 def test_every_term_equals_the_equations_in_plain_loops(proof):
     """c = P alpha W_VO z token by token, with what belongs to no term shared out evenly, as in the authors' code."""
-    model = tiny_model(2)
+    model = tiny_two_tower(2)
     x = pictures(model.image, 1)
     parts = snippet.decompose(model.image, x)
     w, tokens = weights(model.image), twin_tokens(model.image, x[0])
@@ -103,7 +101,7 @@ def test_every_term_equals_the_equations_in_plain_loops(proof):
 
 def test_the_last_layer_is_felt_directly_and_nowhere_else():
     """Values of the last layer's patches reach the class token through that layer alone."""
-    model = tiny_model(3)
+    model = tiny_two_tower(3)
     x = pictures(model.image, 2)
     before = snippet.decompose(model.image, x).heads
     with torch.no_grad():
@@ -118,7 +116,7 @@ def test_the_last_layer_is_felt_directly_and_nowhere_else():
 
 
 def test_shares_sum_to_the_similarity_also_with_contrast():
-    model = tiny_model(reg_tokens=2)
+    model = tiny_two_tower(reg_tokens=2)
     x = pictures(model.image, 3)
     cosines = torch.stack([snippet.explain(model, x, torch.full((3,), k)).similarity for k in range(3)])
     logits = (model(x) / model.log_scale.exp()).detach()
@@ -132,7 +130,7 @@ def test_shares_sum_to_the_similarity_also_with_contrast():
 
 
 def test_the_contrasts_of_all_classes_sum_to_zero(proof):
-    model = tiny_model()
+    model = tiny_two_tower()
     x = pictures(model.image, 3)
     maps = torch.stack([snippet.explain(model, x, torch.full((3,), k), contrast=True).heatmap() for k in range(3)])
     error = maps.sum(0).abs().max() / maps.abs().max()
@@ -147,7 +145,7 @@ def test_the_contrasts_of_all_classes_sum_to_zero(proof):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_contract(dtype):
-    model = tiny_model(reg_tokens=2).to(dtype)
+    model = tiny_two_tower(reg_tokens=2).to(dtype)
     x = pictures(model.image, 3)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     captions = ["a red cat", "dog", "a blue red blue dog"]
@@ -166,26 +164,18 @@ def test_contract(dtype):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        (["a rde cat"] * 3, "does not know the word 'rde'; nearest: red"),
-        (["a cat"], "there are 1 captions for 3 pictures"),
-        (["a a a a a a"] * 3, "a caption has 6 words, and the text tower reads at most 5"),
-        (torch.tensor([0, 3, 0]), "class 3 is out of range"),
-    ],
-)
+@pytest.mark.parametrize(("target", "message"), REFUSED_CAPTIONS)
 def test_bad_targets(target, message):
-    model = tiny_model()
+    model = tiny_two_tower()
     with pytest.raises(ValueError, match=message):
         snippet.explain(model, pictures(model.image, 3), target)
 
 
 def test_other_models_are_refused():
-    model = tiny_model()
+    model = tiny_two_tower()
     with pytest.raises(UnsupportedModel, match="VisionTransformer has no text tower"):
         snippet.explain(model.image, pictures(model.image, 1))
-    other = tiny_model()
+    other = tiny_two_tower()
     other.image.norm = torch.nn.Identity()
     with pytest.raises(UnsupportedModel, match="a last LayerNorm"):
         snippet.explain(other, pictures(other.image, 1))
@@ -264,25 +254,13 @@ def shipped():
     return models.load("two-tower-glyph").model
 
 
-def area(maps: torch.Tensor, named: torch.Tensor) -> torch.Tensor:
-    """(n,) area under the ROC curve of maps (n, P) for the named patches (n, P); 1/2 by chance."""
-    ranks = maps.argsort(1).argsort(1).double() + 1
-    inside = named.sum(1)
-    return ((ranks * named).sum(1) - inside * (inside + 1) / 2) / (inside * (named.shape[1] - inside))
-
-
 @pytest.mark.parametrize("contrast", [False, True])
 def test_the_creature_that_the_caption_names_stands_out(contrast, shipped, proof):
-    scenes = glyphs.scenes(60, 33, creatures=2)
-    images = glyphs.normalise(scenes.images)
-    inside = (glyphs.patch_fraction(scenes.object_masks, (14, 14)) > 0).flatten(2)
-    named, other = torch.cat([inside[:, 0], inside[:, 1]]), torch.cat([inside[:, 1], inside[:, 0]])
-    named, other = named & ~other, other & ~named
-    found = [snippet.explain(shipped, images, labels, contrast=contrast) for labels in scenes.labels.T]
-    maps = torch.cat([part.heatmap() for part in found]).flatten(1)
+    _, images, labels, named, other = scenes_of_two(60)
+    maps = snippet.explain(shipped, images, labels, contrast=contrast).heatmap().flatten(1)
     with torch.no_grad():
-        vectors = shipped.image.head(shipped.image.forward_features(images)).repeat(2, 1, 1)
-        text = shipped.text(shipped.class_tokens[scenes.labels.T.flatten()])
+        vectors = shipped.image.head(shipped.image.forward_features(images))
+        text = shipped.text(shipped.class_tokens[labels])
         raw = torch.cosine_similarity(vectors, text[:, None], dim=-1)[:, 1:]
     oracle = "60 glyph scenes of two creatures, each asked for"
     options = ", contrast=True" if contrast else ""
@@ -292,7 +270,7 @@ def test_the_creature_that_the_caption_names_stands_out(contrast, shipped, proof
     hit, chance = named.gather(1, maps.argmax(1, keepdim=True)).float().mean(), float(named.float().mean())
     what = f"captions whose most relevant patch is on the named creature (chance {chance:.2f}){options}"
     proof(ID, what, hit, at_least=0.7, kind="ground truth", oracle=oracle)
-    found, before = area(maps, named).mean(), area(raw, named).mean()
+    found, before = area_under_curve(maps, named).mean(), area_under_curve(raw, named).mean()
     what = f"area under the ROC curve of the named creature's patches (chance 0.5){options}"
     proof(ID, what, found, at_least=0.75, kind="ground truth", oracle=oracle)
     what = f"the same, less that of the raw similarity map{options}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import REFUSED_CAPTIONS, relative_error
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from vitx import ATLAS, catalog, glyphs, load_module, models
@@ -193,15 +193,7 @@ def test_other_models_are_refused():
         snippet.explain(VisionTransformer(**IMAGE).eval(), random_images(dtype=torch.float32))
 
 
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        (["a rde cat"] * 3, "does not know the word 'rde'; nearest: red"),
-        (["a cat"], "there are 1 captions for 3 pictures"),
-        (["a a a a a a"] * 3, "a caption has 6 words, and the text tower reads at most 5"),
-        (torch.tensor([0, 3, 0]), "class 3 is out of range"),
-    ],
-)
+@pytest.mark.parametrize(("target", "message"), REFUSED_CAPTIONS)
 def test_bad_targets(target, message):
     with pytest.raises(ValueError, match=message):
         snippet.explain(random_model(), random_images(), target)

@@ -7,27 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, relative_error, roughen, tiny, twin_block, twin_tokens, weights
+from helpers import (
+    REFUSED_CAPTIONS,
+    TWO_TOWER,
+    area_under_curve,
+    pictures,
+    relative_error,
+    scenes_of_two,
+    tiny_two_tower,
+    twin_block,
+    twin_tokens,
+    weights,
+)
 from scipy.special import erf
-from vitx import glyphs, load_module, models, vit
+from vitx import glyphs, load_module, vit
 from vitx.vit import UnsupportedModel
 
 ID = "grad-eclip"
 snippet = load_module(ID)
-two_tower = load_module("generic-attention-two-tower")
-TEXT: dict[str, Any] = {
-    "words": ("a", "cat", "dog", "red", "blue"), "length": 7, "width": 8, "depth": 3, "heads": 2, "outputs": 6,
-}  # fmt: skip
-CLASSES = ("a cat", "a dog", "a red dog")
 CAPTIONS = ["a red cat", "dog", "a blue red blue dog"]
 ORACLE = "the equation in plain loops, gradients by finite differences"
-
-
-def tiny_model(depth: int = 2, **options: Any) -> Any:
-    image = tiny(depth, img_size=(16, 24), num_classes=6, **options)
-    with torch.random.fork_rng(devices=[]):
-        text = roughen(two_tower.TextTower(**TEXT), 1)
-        return two_tower.TwoTower(image, text, CLASSES).double().eval()
 
 
 # --- the equation in plain loops -------------------------------------------------------------------------------------
@@ -95,7 +94,7 @@ def twin_input(model: Any, image: torch.Tensor, layers: int) -> np.ndarray:
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_the_picture_equals_the_equation_in_plain_loops(layers, proof):
-    model = tiny_model(3)
+    model = tiny_two_tower(3, 3)
     x = pictures(model.image, 1)
     found = snippet.explain(model, x, ["a red cat"], image_layers=layers)
     with torch.no_grad():
@@ -108,7 +107,7 @@ def test_the_picture_equals_the_equation_in_plain_loops(layers, proof):
 
 @pytest.mark.parametrize("layers", [1, 2, 8])
 def test_the_words_equal_the_equation_in_plain_loops(layers, proof):
-    model = tiny_model()
+    model = tiny_two_tower(2, 3)
     x, tokens = pictures(model.image, 1), model.text.tokenize(["a blue dog"])
     found = snippet.explain(model, x, ["a blue dog"], text_layers=layers)
     counted = min(layers, 3)
@@ -139,7 +138,7 @@ def with_one_head(model: Any) -> Any:
 
 def test_it_is_the_gradient_by_the_attention_that_is_loosened(proof):
     """o = sum of A_i v_i, so dS / dA_i = sum over channels of w_c v_ic: only the weight w_i is new."""
-    model = with_one_head(tiny_model())
+    model = with_one_head(tiny_two_tower(2, 3))
     x = pictures(model.image, 3)
     found = snippet.explain(model, x, CAPTIONS)
     tokens = model.text.tokenize(CAPTIONS)
@@ -157,7 +156,7 @@ def test_it_is_the_gradient_by_the_attention_that_is_loosened(proof):
 
 
 def test_one_head_only_matters_where_there_are_more():
-    model = tiny_model()
+    model = tiny_two_tower(2, 3)
     x = pictures(model.image, 3)
     single = with_one_head(model)
     for options in ({"text_layers": 3}, {"projected": True}):
@@ -171,7 +170,7 @@ def test_one_head_only_matters_where_there_are_more():
 
 
 def test_projected_queries_and_keys_give_another_map():
-    model = tiny_model()
+    model = tiny_two_tower(2, 3)
     x = pictures(model.image, 1)
     with torch.no_grad():
         model.image.blocks[-1].attn.proj.weight.copy_(torch.eye(8))
@@ -185,9 +184,9 @@ def test_projected_queries_and_keys_give_another_map():
 
 
 def test_target_by_caption_by_tokens_by_class():
-    model = tiny_model()
+    model = tiny_two_tower(2, 3)
     x = pictures(model.image, 3)
-    captions = [CLASSES[2], CLASSES[0], CLASSES[1]]
+    captions = [TWO_TOWER[2], TWO_TOWER[0], TWO_TOWER[1]]
     by_caption = snippet.explain(model, x, captions)
     by_tokens = snippet.explain(model, x, model.text.tokenize(captions))
     by_class = snippet.explain(model, x, torch.tensor([2, 0, 1]))
@@ -197,12 +196,12 @@ def test_target_by_caption_by_tokens_by_class():
             assert torch.equal(one, other)
             assert torch.equal(one, third)
     best = snippet.explain(model, x)
-    assert best.words == tuple(tuple(CLASSES[index].split()) for index in model(x).argmax(1))
+    assert best.words == tuple(tuple(TWO_TOWER[index].split()) for index in model(x).argmax(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_contract(dtype):
-    model = tiny_model(reg_tokens=2).to(dtype).requires_grad_(False)  # frozen towers have gradients too
+    model = tiny_two_tower(2, 3, reg_tokens=2).to(dtype).requires_grad_(False)  # frozen towers have gradients too
     x = pictures(model.image, 3)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
@@ -230,7 +229,7 @@ def test_contract(dtype):
 
 def test_one_word_and_one_patch_have_a_map():
     """All that is seen is alike, so the scaling from 0 to 1 has nothing to scale."""
-    model = tiny_model()
+    model = tiny_two_tower(2, 3)
     with torch.no_grad():
         model.image.blocks[-1].attn.qkv.weight[8:16] = 0  # all keys are the bias
     found = snippet.explain(model, pictures(model.image, 1), ["dog"])
@@ -241,24 +240,21 @@ def test_one_word_and_one_patch_have_a_map():
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        (["a rde cat"] * 3, {}, "does not know the word 'rde'; nearest: red"),
-        (["a cat"], {}, "there are 1 captions for 3 pictures"),
-        (["a a a a a a"] * 3, {}, "a caption has 6 words, and the text tower reads at most 5"),
-        (torch.tensor([0, 3, 0]), {}, "class 3 is out of range"),
+        *((target, {}, message) for target, message in REFUSED_CAPTIONS),
         (None, {"image_layers": 0}, "at least one layer of each tower must count"),
     ],
 )
 def test_what_is_refused(target, options, message):
-    model = tiny_model()
+    model = tiny_two_tower(2, 3)
     with pytest.raises(ValueError, match=message):
         snippet.explain(model, pictures(model.image, 3), target, **options)
 
 
 def test_other_models_are_refused():
-    model = tiny_model()
+    model = tiny_two_tower(2, 3)
     with pytest.raises(UnsupportedModel, match="VisionTransformer has no text tower"):
         snippet.explain(model.image, pictures(model.image, 1))
-    normed = tiny_model(qk_norm=True)
+    normed = tiny_two_tower(2, 3, qk_norm=True)
     with pytest.raises(UnsupportedModel, match="without a gate or norms inside"):
         snippet.explain(normed, pictures(normed.image, 1))
 
@@ -268,12 +264,7 @@ def test_other_models_are_refused():
 
 @pytest.fixture(scope="module")
 def world():
-    """The model, scenes of two creatures twice over, the class asked for, and where it and the other one are."""
-    scenes = glyphs.scenes(40, 33, creatures=2)
-    images = glyphs.normalise(scenes.images).repeat(2, 1, 1, 1)
-    inside = (glyphs.patch_fraction(scenes.object_masks, (14, 14)) > 0).flatten(2)
-    named, other = torch.cat([inside[:, 0], inside[:, 1]]), torch.cat([inside[:, 1], inside[:, 0]])
-    return models.load("two-tower-glyph").model, images, scenes.labels.T.flatten(), named & ~other, other & ~named
+    return scenes_of_two(40)
 
 
 @pytest.fixture(scope="module")
@@ -281,13 +272,6 @@ def found(world):
     """Explanations with one head and with the model's own."""
     model, images, labels, *_ = world
     return {one_head: snippet.explain(model, images, labels, one_head=one_head) for one_head in (True, False)}
-
-
-def area(maps: torch.Tensor, named: torch.Tensor) -> torch.Tensor:
-    """(n,) area under the ROC curve of maps (n, P) for the named patches (n, P); 1/2 by chance."""
-    ranks = maps.argsort(1).argsort(1).double() + 1
-    inside = named.sum(1)
-    return ((ranks * named).sum(1) - inside * (inside + 1) / 2) / (inside * (named.shape[1] - inside))
 
 
 @pytest.mark.parametrize("one_head", [True, False])
@@ -306,9 +290,9 @@ def test_the_creature_that_the_caption_names_stands_out(one_head, world, found, 
     what = f"captions whose most relevant patch is on the named creature (chance {chance:.2f}){options}"
     proof(ID, what, hit, at_least=0.7, kind="ground truth", oracle=oracle)
     what = f"area under the ROC curve of the named creature's patches (chance 0.5){options}"
-    proof(ID, what, area(maps, named).mean(), at_least=0.62, kind="ground truth", oracle=oracle)
+    proof(ID, what, area_under_curve(maps, named).mean(), at_least=0.62, kind="ground truth", oracle=oracle)
     what = f"the same, less that of the raw similarity map{options}"
-    gain = area(maps, named).mean() - area(raw, named).mean()
+    gain = area_under_curve(maps, named).mean() - area_under_curve(raw, named).mean()
     proof(ID, what, gain, at_least=0.15, kind="ground truth", oracle=oracle)
 
 

@@ -142,6 +142,23 @@ def test_differences_compare_an_option_with_the_default(monkeypatch, tmp_path):
     assert other["glyph"]["smallest"] <= other["glyph"]["mean"] < 0.999
 
 
+def test_a_method_with_a_model_of_its_own_is_compared_on_that_model(tmp_path, monkeypatch):
+    one = {"paper": "p", "code": "c", "repository": "https://a.example/b", "commit": "0123456", "function": "f"}
+    difference = Difference(**one, options={"layer": 0})  # pyright: ignore[reportArgumentType]
+    entries = catalog.load()
+    update = {"differences": (difference,), "model": "own-glyph"}
+    entry = entries.methods["raw-attention"].model_copy(update=update)
+    monkeypatch.setattr(catalog, "load", lambda: entries._replace(methods=entries.methods | {entry.id: entry}))
+    monkeypatch.setattr(compare, "photographs_tensor", lambda: glyphs.normalise(glyphs.scenes(2, 3).images))
+    loaded, asked = models.load("glyph"), []
+    monkeypatch.setattr(models, "load", lambda name: asked.append(name) or loaded)
+    (row,) = bench.differences([entry.id], scenes=1, path=tmp_path / "differences.json")["rows"]
+    assert set(asked) == {"own-glyph"}
+    assert row["photographs"] == 0
+    assert "glyph" in row
+    assert "photo" not in row
+
+
 @pytest.mark.parametrize(("id", "by"), [(id, by) for id, libraries in peers.PEERS.items() for by in libraries])
 def test_peers_run_as_the_cost_table_runs_them(id, by):
     """On a shallow model of the same grid; the result is a map of every picture."""
