@@ -13,26 +13,31 @@ An interrupted run goes on from vitx.cache_dir(). Writes snippets/models/glyph.s
 measured on unseen scenes, catalog/models/glyph.yml.
 """
 
-import argparse
 import hashlib
 import math
 import time
 from concurrent.futures import Executor, ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
-from vitx import ATLAS, cache_dir, glyphs
+from training import (  # pyright: ignore[reportMissingImports]
+    BACKBONE,
+    CLASSES,
+    GLYPH,
+    GRID,
+    arguments_parser,
+    plain_attention,
+    write_card,
+)
+from vitx import cache_dir, glyphs
 from vitx.schema import ModelCard
 
-PATCH = 8
-GRID = glyphs.SIZE // PATCH
+PATCH = BACKBONE["patch_size"]
 WORKERS = 2  # threads, each with its share of a batch on one core
 BATCH = 64  # scenes in such a share
 WEIGHT_DECAY = 0.05
@@ -68,15 +73,7 @@ STEPS = sum(stage.steps for stage in STAGES)
 
 def network() -> VisionTransformer:
     """The untrained model."""
-    return VisionTransformer(
-        img_size=glyphs.SIZE,
-        patch_size=PATCH,
-        embed_dim=128,
-        depth=6,
-        num_heads=4,
-        mlp_ratio=2,
-        num_classes=len(glyphs.CLASS_NAMES),
-    )
+    return VisionTransformer(**GLYPH)
 
 
 def window(size: int, generator: torch.Generator) -> Tensor:
@@ -184,10 +181,7 @@ def measure(weights: dict[str, Tensor], count: int, seed: int = TEST_SEED) -> di
 def train(seed: int) -> tuple[dict[str, Tensor], float]:
     """Averaged weights and minutes of training, going on from the cache if a run was interrupted."""
     torch.manual_seed(seed)
-    model = network()
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):  # without it, twice as fast in bfloat16 on a CPU
-            module.fused_attn = False  # pyright: ignore[reportArgumentType]
+    model = plain_attention(network())
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     average = {name: value.clone() for name, value in model.state_dict().items()}
     step, seconds = 0, 0.0
@@ -237,18 +231,8 @@ def train(seed: int) -> tuple[dict[str, Tensor], float]:
     return average, seconds / 60
 
 
-def write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(content)
-    beside.replace(path)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the model glyph.")
-    parser.add_argument("--root", type=Path, default=ATLAS, help="folder that gets snippets/models and catalog/models")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = arguments_parser(__doc__).parse_args()
     weights, minutes = train(arguments.seed)
     metrics = measure(weights, MEASURED)
     content = save({name: value.contiguous() for name, value in weights.items()})
@@ -262,7 +246,7 @@ def main() -> None:
         "mlp_ratio 2, class token, 12 classes",
         parameters=sum(p.numel() for p in network().parameters()),
         input_size=glyphs.SIZE,
-        classes=len(glyphs.CLASS_NAMES),
+        classes=CLASSES,
         licence="MIT",
         training=f"From scratch on fresh scenes of the glyph world: {pictures}. From the second on, "
         "two batches of three show two creatures, which share the target of the class token; in every fourth batch of "
@@ -277,14 +261,14 @@ def main() -> None:
         "whatever it sees. It is here to be explained.",
         source="Trained here, on pictures drawn by vitx.glyphs; no outside data or weights.",
     )
-    folder = arguments.root / "snippets" / "models"
-    catalog = arguments.root / "catalog" / "models"
-    for path in (folder, catalog):
-        path.mkdir(parents=True, exist_ok=True)
-    write(folder / "glyph.safetensors", content)
-    text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-    write(catalog / "glyph.yml", text.encode())
-    print(text)
+    path = arguments.root / "snippets" / "models" / "glyph.safetensors"
+    for folder in (path.parent, arguments.root / "catalog" / "models"):
+        folder.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_bytes(content)
+    beside.replace(path)
+    write_card(arguments.root, card)
+    print(metrics, f"{minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -10,29 +10,32 @@ from its last minute. Writes snippets/models/ice-glyph.safetensors, in half prec
 metrics measured on unseen scenes.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from train_concept_glyph import (  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+from training import (  # pyright: ignore[reportMissingImports]
     BACKBONE,
+    CLASSES,
     SCENES,
     UNSEEN,
     Settings,
-    command,
+    all_but,
+    arguments_parser,
+    class_shares,
     fit,
+    gather,
+    half_and_half,
+    means,
+    publish,
+    right,
     tokens,
-    write,
-    write_card,
 )
-from vitx import ATLAS, glyphs, load_module
-from vitx.schema import ModelCard
+from vitx import glyphs, load_module
 
 BATCH = 64  # scenes in a step
-CLASSES = len(glyphs.CLASS_NAMES)
 
 snippet = load_module("ice")
 
@@ -64,20 +67,16 @@ def measure(model: Any, count: int) -> dict[str, float]:
                 truth, foreground = share.sum(1) > 0.5, classes != CLASSES
                 overlap = (truth & foreground).sum((1, 2)) / (truth | foreground).sum((1, 2))
                 named = classes == scenes.labels[:, :creatures].gather(1, share.argmax(1).flatten(1)).view_as(classes)
-                order = model(images).argsort(-1, descending=True)[:, :creatures]
-                right = (order.sort(-1).values == scenes.labels[:, :creatures].sort(-1).values).all(-1)
-                found = {"top1" if creatures == 1 else "both_of_two": right}
+                accuracy = "top1" if creatures == 1 else "both_of_two"
+                found = {accuracy: right(model(images), scenes.labels[:, :creatures])}
                 found[f"foreground_iou_{creatures}"] = overlap
                 found[f"named_of_foreground_{creatures}"] = named[truth & foreground]
-                for key, value in found.items():
-                    values.setdefault(key, []).append(value)
-    return {key: round(float(torch.cat(value).float().mean()), 4) for key, value in values.items()}
+                gather(values, **found)
+    return means(values)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=ATLAS, help="folder with snippets/ and catalog/ to write to")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments_parser(__doc__)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--weight", type=float, default=1.0, help="lambda of the background loss")
     parser.add_argument("--test", type=int, default=1000, help="unseen scenes of each kind that measure")
@@ -86,52 +85,34 @@ def main() -> None:
 
     torch.manual_seed(settings.seed)
     model = untrained(arguments.root)
-    trunk = nn.ParameterList([p for name, p in model.named_parameters() if not name.startswith("patch_head")])
 
     def loss(step: int) -> Tensor:
-        half, seed = BATCH // 2, SCENES + 10 * settings.seed
-        parts = [glyphs.batch(half, seed + creatures, creatures, start=step * half) for creatures in (1, 2)]
-        images = glyphs.normalise(torch.cat([part[0] for part in parts]))
-        labels = torch.cat([part[1] for part in parts])  # (B, 2), -1 where there is no second creature
-        present = (labels >= 0).float()
-        wanted = torch.zeros(len(labels), CLASSES).scatter_add_(1, labels.clamp(min=0), present)
+        images, labels = half_and_half(step, settings.seed, BATCH)
         scores = model.patch_head(tokens(model, images, step)[:, 1:])  # (B, P, K + 1)
         if step % 25 == 0:
             share = float((scores.argmax(-1) != CLASSES).float().mean())
             print(f"step {step}: {share:.3f} of the patches are foreground", flush=True)
-        return snippet.ice_loss(scores, wanted / present.sum(1, keepdim=True), settings.explanation)
+        return snippet.ice_loss(scores, class_shares(labels), settings.explanation)
 
-    minutes = fit("ice-glyph", model, trunk, loss, settings)
-    path = arguments.root / "snippets" / "models" / "ice-glyph.safetensors"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    sha256 = write(model.half(), path, {"backbone": BACKBONE, "num_classes": CLASSES})
-    metrics = measure(snippet.load_pretrained(path), arguments.test)
-    print(metrics, f"{minutes:.1f} minutes")
-    write_card(
-        arguments.root,
-        ModelCard(
-            id="ice-glyph",
-            name="ICE Glyph ViT",
-            method="ice",
-            architecture="timm VisionTransformer, 112 px, patch 8, dim 128, depth 6, 4 heads, MLP ratio 2, without "
-            "final norm, under one linear layer that gives every patch token 12 classes and background",
-            parameters=parameters,
-            input_size=112,
-            classes=CLASSES,
-            licence="MIT",
-            training=f"Fine-tuned from the model glyph on {settings.steps * BATCH:,} fresh scenes of the glyph world, "
-            "half with one creature and half with two, by their labels only: cross-entropy of the mean score of "
-            f"foreground patches, plus {settings.explanation:g} times that of all patches' mean score with background.",
-            command=command(arguments, parser),
-            seed=settings.seed,
-            minutes=round(minutes, 1),
-            sha256=sha256,
-            metrics=metrics,
-            limits="It knows the twelve creatures of the glyph world and nothing else. The model glyph, from which it "
-            "starts, was also trained to name creatures in their patches, so it says little about how well ICE does "
-            "from labels of whole pictures alone.",
-            source="Weights and scenes made in this project, from snippets/models/glyph.safetensors and vitx.glyphs.",
-        ),
+    minutes = fit("ice-glyph", model, all_but(model, "patch_head"), loss, settings)
+    publish(
+        model.half(),
+        {"backbone": BACKBONE, "num_classes": CLASSES},
+        lambda path: measure(snippet.load_pretrained(path), arguments.test),
+        minutes,
+        parser,
+        arguments,
+        id="ice-glyph",
+        name="ICE Glyph ViT",
+        method="ice",
+        architecture="timm VisionTransformer, 112 px, patch 8, dim 128, depth 6, 4 heads, MLP ratio 2, without "
+        "final norm, under one linear layer that gives every patch token 12 classes and background",
+        training=f"Fine-tuned from the model glyph on {settings.steps * BATCH:,} fresh scenes of the glyph world, "
+        "half with one creature and half with two, by their labels only: cross-entropy of the mean score of "
+        f"foreground patches, plus {settings.explanation:g} times that of all patches' mean score with background.",
+        limits="It knows the twelve creatures of the glyph world and nothing else. The model glyph, from which it "
+        "starts, was also trained to name creatures in their patches, so it says little about how well ICE does "
+        "from labels of whole pictures alone.",
     )
 
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from PIL import Image
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.transforms import RandomResizedCrop
+from training import write_card  # pyright: ignore[reportMissingImports]
 from vitx import ATLAS, cache_dir, models
 from vitx.schema import ModelCard
 
@@ -209,11 +209,8 @@ def main() -> None:
         "DINOv2 ViT-S/14 tuned for saliency. Data: Caltech-101 (Fei-Fei, Fergus, Perona, 2004; CaltechDATA, doi "
         "10.22002/D1.20086), CC BY 4.0; no picture of it is included.",
     )
-    beside = ATLAS / "catalog" / "models" / "photo.part"
-    text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(beside.with_suffix(".yml"))
-    print(text)
+    write_card(ATLAS, card)
+    print(card.metrics, f"{minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

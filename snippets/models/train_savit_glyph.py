@@ -7,38 +7,29 @@ over scenes of one creature. Writes snippets/models/savit-glyph.safetensors, whi
 model card with the metrics measured on unseen scenes.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_concept_glyph import (  # pyright: ignore[reportMissingImports]
+from training import (  # pyright: ignore[reportMissingImports]
     BACKBONE,
+    CLASSES,
+    GLYPH,
     SCENES,
     UNSEEN,
-    command,
-    write,
-    write_card,
+    accuracies,
+    arguments_parser,
+    publish,
+    with_glyph_weights,
 )
-from vitx import ATLAS, glyphs, load_module
-from vitx.schema import ModelCard
+from vitx import glyphs, load_module
 
 BATCH = 32  # scenes at a time
 RATES = (0.9, 0.8, 0.7, 0.5)
-CLASSES = len(glyphs.CLASS_NAMES)
 
 snippet = load_module("savit")
-
-
-def untrained(root: Path) -> Any:
-    """The model glyph, without statistics."""
-    model = snippet.SavitTransformer(**BACKBONE, num_classes=CLASSES)
-    model.load_state_dict(load_file(root / "snippets" / "models" / "glyph.safetensors"))
-    return model.eval()
 
 
 def statistics_of(model: Any, count: int, seed: int) -> Any:
@@ -69,13 +60,7 @@ def measure(model: Any, count: int) -> dict[str, float]:
     models |= {f"top1_at_{rate:g}": snippet.prune(model, rate) for rate in RATES}
     chance = shuffled(model.statistics, 0)
     models |= {f"top1_by_chance_at_{rate:g}": snippet.prune(model, rate, chance) for rate in RATES[1:3]}
-    right = dict.fromkeys(models, 0.0)
-    with torch.inference_mode():
-        for start in range(0, count, 100):
-            images, labels = glyphs.batch(100, UNSEEN, 1, start=start)
-            for name, smaller in models.items():
-                right[name] += float((smaller(glyphs.normalise(images)).argmax(-1) == labels[:, 0]).sum())
-    values = {name: value / count for name, value in right.items()}
+    values = accuracies(models, UNSEEN, count)
     for rate in RATES:
         kept = snippet.chosen(model, snippet.batched(model.statistics), rate)
         values |= {f"{kind}_kept_at_{rate:g}": float(mask.float().mean()) for kind, mask in kept.items()}
@@ -92,44 +77,33 @@ class Stored(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=ATLAS, help="folder with snippets/ and catalog/ to write to")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments_parser(__doc__)
     parser.add_argument("--scenes", type=int, default=256, help="scenes that the statistics are means over")
     parser.add_argument("--test", type=int, default=1000, help="unseen scenes that measure")
     arguments = parser.parse_args()
 
     start = time.monotonic()
-    model = untrained(arguments.root)
+    model = with_glyph_weights(snippet.SavitTransformer(**GLYPH), arguments.root).eval()
     statistics = statistics_of(model, arguments.scenes, SCENES + 10 * arguments.seed)
     minutes = (time.monotonic() - start) / 60
-    path = arguments.root / "snippets" / "models" / "savit-glyph.safetensors"
-    sha256 = write(Stored(statistics), path, {"backbone": BACKBONE, "num_classes": CLASSES})
-    model = snippet.load_pretrained(path)
-    metrics = measure(model, arguments.test)
-    print(metrics, f"{minutes:.1f} minutes")
-    write_card(
-        arguments.root,
-        ModelCard(
-            id="savit-glyph",
-            name="SAViT Glyph ViT",
-            architecture="The model glyph (timm VisionTransformer, 112 px, patch 8, dim 128, depth 6, 4 heads, MLP "
-            "ratio 2) with the importance of its 24 heads, 1,536 neurons and 128 channels, and their interactions",
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            input_size=112,
-            classes=CLASSES,
-            licence="MIT",
-            training="None: squared gradients and second derivatives of the cross-entropy by gates on the units, means "
-            f"over {arguments.scenes:,} fresh scenes of one creature. The weights are those of the model glyph.",
-            command=command(arguments, parser),
-            seed=arguments.seed,
-            minutes=round(minutes, 1),
-            sha256=sha256,
-            metrics=metrics,
-            limits="It knows the twelve creatures of the glyph world and nothing else. Nothing is trained after "
-            "pruning, so at low rates it is less accurate than the method, whose authors fine-tune, would make it.",
-            source="Statistics measured here, of snippets/models/glyph.safetensors on scenes of vitx.glyphs.",
-        ),
+    publish(
+        Stored(statistics),
+        {"backbone": BACKBONE, "num_classes": CLASSES},
+        lambda path: measure(snippet.load_pretrained(path), arguments.test),
+        minutes,
+        parser,
+        arguments,
+        id="savit-glyph",
+        name="SAViT Glyph ViT",
+        method="savit",
+        architecture="The model glyph (timm VisionTransformer, 112 px, patch 8, dim 128, depth 6, 4 heads, MLP "
+        "ratio 2) with the importance of its 24 heads, 1,536 neurons and 128 channels, and their interactions",
+        training="None: squared gradients and second derivatives of the cross-entropy by gates on the units, means "
+        f"over {arguments.scenes:,} fresh scenes of one creature. The weights are those of the model glyph.",
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        limits="It knows the twelve creatures of the glyph world and nothing else. Nothing is trained after "
+        "pruning, so at low rates it is less accurate than the method, whose authors fine-tune, would make it.",
+        source="Statistics measured here, of snippets/models/glyph.safetensors on scenes of vitx.glyphs.",
     )
 
 

@@ -10,30 +10,29 @@ minute. Writes snippets/models/two-tower-glyph.safetensors and its model card wi
 scenes.
 """
 
-import argparse
 import itertools
-from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from train_concept_glyph import (  # pyright: ignore[reportMissingImports]
+from training import (  # pyright: ignore[reportMissingImports]
     BACKBONE,
-    BATCH,
     CROP,
     SCENES,
     UNSEEN,
     Settings,
-    backbone,
-    command,
+    arguments_parser,
     fit,
+    gather,
+    means,
+    publish,
     tokens,
-    write,
-    write_card,
+    with_glyph_weights,
 )
-from vitx import ATLAS, glyphs, load_module
-from vitx.schema import ModelCard
+from vitx import glyphs, load_module
 
+BATCH = 128  # pictures in a step
 COMBINATIONS = torch.tensor(list(itertools.product(range(3), repeat=5)))  # (243, 5), variants in the order of PARTS
 POWERS = torch.tensor([81, 27, 9, 3, 1])  # variants @ POWERS is the row of COMBINATIONS
 TEXT: dict[str, Any] = {"words": glyphs.CAPTION_WORDS, "length": 15, "width": 64, "depth": 2, "heads": 4, "outputs": 64}
@@ -66,25 +65,26 @@ def contrast(similarity: Tensor, described: Tensor) -> Tensor:
 
 def measure(model: Any, captions: Tensor, count: int) -> dict[str, float]:
     """Metrics on unseen scenes of each kind; captions (243, L) are the token ids of all COMBINATIONS."""
-    exact, words, either, top1 = [], [], [], []
+    values: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for start in range(0, count, 100):
             images, true = pictures(100, UNSEEN, 1, start)
             best = model.similarity(images, captions).argmax(1)
-            exact.append(best == true[:, 0])
-            words.append(COMBINATIONS[best] == COMBINATIONS[true[:, 0]])
-            images, true = pictures(100, UNSEEN + 1, 2, start)
-            either.append((model.similarity(images, captions).argmax(1, keepdim=True) == true).any(1))
-            images, labels = glyphs.batch(100, UNSEEN, 1, start=start)
-            top1.append(model(glyphs.normalise(images)).argmax(1) == labels[:, 0])
-    values = {"caption_of_243": exact, "words_right": words, "caption_of_243_either_of_two": either, "top1": top1}
-    return {key: round(float(torch.cat(value).float().mean()), 4) for key, value in values.items()}
+            pairs, either = pictures(100, UNSEEN + 1, 2, start)
+            named = model.similarity(pairs, captions).argmax(1, keepdim=True)
+            plain, labels = glyphs.batch(100, UNSEEN, 1, start=start)
+            gather(
+                values,
+                caption_of_243=best == true[:, 0],
+                words_right=COMBINATIONS[best] == COMBINATIONS[true[:, 0]],
+                caption_of_243_either_of_two=(named == either).any(1),
+                top1=model(glyphs.normalise(plain)).argmax(1) == labels[:, 0],
+            )
+    return means(values)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=ATLAS, help="folder with snippets/ and catalog/ to write to")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments_parser(__doc__)
     parser.add_argument("--crops", type=int, default=600, help="steps on crops")
     parser.add_argument("--scenes", type=int, default=250, help="steps on full scenes")
     parser.add_argument("--test", type=int, default=2000, help="unseen scenes of each kind that measure")
@@ -94,7 +94,8 @@ def main() -> None:
 
     torch.manual_seed(settings.seed)
     snippet = load_module("generic-attention-two-tower")
-    network = backbone(arguments.root, num_classes=TEXT["outputs"])
+    image = BACKBONE | {"num_classes": TEXT["outputs"]}
+    network = with_glyph_weights(VisionTransformer(**image), arguments.root)
     nn.init.normal_(network.get_parameter("head.weight"), std=BACKBONE["embed_dim"] ** -0.5)
     class_captions = tuple(captions_of(torch.tensor(glyphs.CLASS_PARTS)))
     model = snippet.TwoTower(network, snippet.TextTower(**TEXT), class_captions)
@@ -111,36 +112,24 @@ def main() -> None:
         return contrast(model.compare(vectors, model.text(captions)), torch.cat(described))
 
     minutes = fit("two-tower-glyph", model, network, loss, settings)
-    path = arguments.root / "snippets" / "models" / "two-tower-glyph.safetensors"
-    image = BACKBONE | {"num_classes": TEXT["outputs"]}
-    sha256 = write(model, path, {"image": image, "text": TEXT, "class_captions": class_captions})
-    metrics = measure(snippet.load_pretrained(path), captions, arguments.test)
-    print(metrics, f"{minutes:.1f} minutes")
-    write_card(
-        arguments.root,
-        ModelCard(
-            id="two-tower-glyph",
-            name="Two-tower Glyph CLIP",
-            method="generic-attention-two-tower",
-            architecture="image: timm VisionTransformer, 112 px, patch 8, dim 128, depth 6, 4 heads, MLP ratio 2; "
-            f"text: two causal timm Blocks, dim 64, 4 heads, {len(TEXT['words'])} words; both project to 64 channels",
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            input_size=112,
-            classes=len(glyphs.CLASS_NAMES),
-            licence="MIT",
-            training="Image tower fine-tuned from the model glyph, text tower from nothing, on "
-            f"{settings.crops * BATCH:,} crops and then {(settings.steps - settings.crops) * BATCH:,} scenes of the "
-            "glyph world, all fresh, with free part variants, the scenes half with one creature and half with two, "
-            "against all 243 captions of one creature: CLIP's symmetric loss in which every true pair is a positive.",
-            command=command(arguments, parser),
-            seed=settings.seed,
-            minutes=round(minutes, 1),
-            sha256=sha256,
-            metrics=metrics,
-            limits="It knows one form of sentence and a closed vocabulary, so word order and grammar mean nothing to "
-            "it. Photographs and other captions are outside what it has learned.",
-            source="Weights and scenes made in this project, from snippets/models/glyph.safetensors and vitx.glyphs.",
-        ),
+    publish(
+        model,
+        {"image": image, "text": TEXT, "class_captions": class_captions},
+        lambda path: measure(snippet.load_pretrained(path), captions, arguments.test),
+        minutes,
+        parser,
+        arguments,
+        id="two-tower-glyph",
+        name="Two-tower Glyph CLIP",
+        method="generic-attention-two-tower",
+        architecture="image: timm VisionTransformer, 112 px, patch 8, dim 128, depth 6, 4 heads, MLP ratio 2; "
+        f"text: two causal timm Blocks, dim 64, 4 heads, {len(TEXT['words'])} words; both project to 64 channels",
+        training="Image tower fine-tuned from the model glyph, text tower from nothing, on "
+        f"{settings.crops * BATCH:,} crops and then {(settings.steps - settings.crops) * BATCH:,} scenes of the "
+        "glyph world, all fresh, with free part variants, the scenes half with one creature and half with two, "
+        "against all 243 captions of one creature: CLIP's symmetric loss in which every true pair is a positive.",
+        limits="It knows one form of sentence and a closed vocabulary, so word order and grammar mean nothing to "
+        "it. Photographs and other captions are outside what it has learned.",
     )
 
 

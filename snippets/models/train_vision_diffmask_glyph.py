@@ -8,7 +8,6 @@ that was interrupted goes on from its last minute. Writes snippets/models/vision
 the classifier, and its model card with the metrics measured on unseen scenes.
 """
 
-import argparse
 import json
 import math
 import time
@@ -19,16 +18,23 @@ import torch
 from rich.progress import Progress, TextColumn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from train_concept_glyph import BACKBONE, command, write, write_card  # pyright: ignore[reportMissingImports]
-from vitx import ATLAS, cache_dir, glyphs, load_module
-from vitx.schema import ModelCard
+from training import (  # pyright: ignore[reportMissingImports]
+    BACKBONE,
+    CLASSES,
+    UNSEEN,
+    arguments_parser,
+    classifier,
+    gather,
+    means,
+    plain_attention,
+    publish,
+)
+from vitx import cache_dir, glyphs, load_module
 
 NAME = "vision-diffmask-glyph"
 BATCH = 32  # scenes in a step, half with one creature and half with two
 SCENES = 3_000_000  # scenes to train on have seeds from here on
-UNSEEN = 900_000  # ... and to measure on, this one and the next
 RATE, PLACEHOLDER_RATE = 1e-3, 3e-3
 MULTIPLIER, MULTIPLIER_RATE, LARGEST = 5.0, 2.0, 200.0  # alpha of every depth: start, ascent, bound
 
@@ -42,13 +48,6 @@ class Settings(NamedTuple):
     seed: int
     steps: int
     tolerance: float  # epsilon of the KL divergence
-
-
-def classifier(root: Path) -> VisionTransformer:
-    """The model glyph, in eval mode."""
-    network = VisionTransformer(**BACKBONE, num_classes=len(glyphs.CLASS_NAMES))
-    network.load_state_dict(load_file(root / "snippets" / "models" / "glyph.safetensors"))
-    return network.eval()
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -77,9 +76,7 @@ def losses(model: Any, images: Tensor, depth: int, uniform: Tensor) -> tuple[Ten
 
 def fit(model: Any, settings: Settings) -> float:
     """Train the gates of the model. Returns minutes. A run with the same settings goes on from its last checkpoint."""
-    for block in model.backbone.blocks:
-        block.attn.fused_attn = False  # without it, twice as fast in bfloat16 on a CPU
-    names = trainable(model)
+    names = trainable(plain_attention(model))
     rest = [parameter for name, parameter in names.items() if name != "placeholder"]
     groups = [{"params": rest, "rate": RATE}, {"params": [model.placeholder], "rate": PLACEHOLDER_RATE}]
     optimiser = torch.optim.Adam(groups)
@@ -185,15 +182,12 @@ def measure(model: Any, count: int) -> dict[str, float]:
                     "kept_on_creatures": kept[truth > 0.5],
                     "kept_elsewhere": kept[truth == 0],
                 }
-                for name, values in found.items():
-                    results.setdefault(name, []).append(values)
-    return {name: round(float(torch.cat(values).mean()), 4) for name, values in results.items()}
+                gather(results, **found)
+    return means(results)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=ATLAS, help="folder with snippets/ and catalog/ to write to")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments_parser(__doc__)
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--tolerance", type=float, default=0.1, help="largest KL divergence, epsilon")
     parser.add_argument("--test", type=int, default=1000, help="unseen scenes that measure")
@@ -205,35 +199,26 @@ def main() -> None:
     minutes = fit(model, settings)
     model.eval()
     metrics = measure(model, arguments.test)
-    print(metrics, f"{minutes:.1f} minutes")
-    path = arguments.root / "snippets" / "models" / f"{NAME}.safetensors"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     model.backbone = nn.Identity()  # the file holds the gates alone
-    sha256 = write(model, path, {"backbone": BACKBONE, "num_classes": len(glyphs.CLASS_NAMES)})
-    write_card(
-        arguments.root,
-        ModelCard(
-            id=NAME,
-            name="Vision DiffMask Glyph gates",
-            method="vision-diffmask",
-            architecture="the model glyph under eight gates, each two linear layers with tanh on patch embedding and "
-            "hidden state (256 to 32 to 1), and a placeholder vector",
-            parameters=parameters,
-            input_size=glyphs.SIZE,
-            classes=len(glyphs.CLASS_NAMES),
-            licence="MIT",
-            training=f"Gates and placeholder on {settings.steps * BATCH:,} fresh scenes of the glyph world, half with "
-            "one creature and half with two: fewest patches such that the KL divergence between the predictions with "
-            f"and without the mask stays below {settings.tolerance} on average. The classifier glyph is unchanged.",
-            command=command(arguments, parser),
-            seed=settings.seed,
-            minutes=round(minutes, 1),
-            sha256=sha256,
-            metrics=metrics,
-            limits="The gates know this one classifier and the scenes of the glyph world. What they keep is enough on "
-            "average, which is no promise for one picture.",
-            source="Weights and scenes made in this project, from snippets/models/glyph.safetensors and vitx.glyphs.",
-        ),
+    publish(
+        model,
+        {"backbone": BACKBONE, "num_classes": CLASSES},
+        lambda _: metrics,
+        minutes,
+        parser,
+        arguments,
+        id=NAME,
+        name="Vision DiffMask Glyph gates",
+        method="vision-diffmask",
+        architecture="the model glyph under eight gates, each two linear layers with tanh on patch embedding and "
+        "hidden state (256 to 32 to 1), and a placeholder vector",
+        training=f"Gates and placeholder on {settings.steps * BATCH:,} fresh scenes of the glyph world, half with "
+        "one creature and half with two: fewest patches such that the KL divergence between the predictions with "
+        f"and without the mask stays below {settings.tolerance} on average. The classifier glyph is unchanged.",
+        limits="The gates know this one classifier and the scenes of the glyph world. What they keep is enough on "
+        "average, which is no promise for one picture.",
+        parameters=parameters,
     )
 
 

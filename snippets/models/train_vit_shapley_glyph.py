@@ -9,44 +9,35 @@ interrupted goes on from its last minute. Writes snippets/models/vit-shapley-gly
 its model card with the metrics measured on unseen scenes.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from train_concept_glyph import (  # pyright: ignore[reportMissingImports]
+from training import (  # pyright: ignore[reportMissingImports]
     BACKBONE,
-    PATCHES,
+    CLASSES,
+    GRID,
     SCENES,
     UNSEEN,
     Settings,
-    command,
+    arguments_parser,
+    classifier,
     fit,
-    write,
-    write_card,
+    gather,
+    means,
+    publish,
 )
-from vitx import ATLAS, glyphs, load_module
-from vitx.schema import ModelCard
+from vitx import glyphs, load_module
 from vitx.vit import embed, keep_tokens, logits_of_tokens
 
 BATCH = 64  # scenes in a step of the surrogate
 PICTURES = 32  # scenes in a step of the explainer
 PAIRS = 4  # coalitions of every picture in such a step, each with its complement
+PATCHES = GRID * GRID  # of a scene
 HIDDEN = 256  # width of the explainer's head
-CLASSES = len(glyphs.CLASS_NAMES)
 
 snippet = load_module("vit-shapley")
-
-
-def glyph(root: Path) -> VisionTransformer:
-    """The model glyph in float32."""
-    network = VisionTransformer(**BACKBONE, num_classes=CLASSES)
-    weights = load_file(root / "snippets" / "models" / "glyph.safetensors")
-    network.load_state_dict({key: value.float() for key, value in weights.items()})
-    return network.eval()
 
 
 def untrained(surrogate: VisionTransformer) -> Any:
@@ -112,38 +103,32 @@ def explainer_loss(model: Any, images: Tensor, generator: torch.Generator) -> tu
 
 def measure(teacher: VisionTransformer, model: Any, count: int) -> dict[str, float]:
     """Metrics on unseen scenes: count with one creature, and count with one or two for the losses."""
-    right, same, half, loss, shares, inside = [], [], [], [], [], []
+    values: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for start in range(0, count, 100):
             scenes = glyphs.scenes(100, UNSEEN, 1, start=start)
             images, labels = glyphs.normalise(scenes.images), scenes.labels[:, 0]
             whole = model.surrogate(images)
-            right.append(whole.argmax(-1) == labels)
-            same.append(whole.argmax(-1) == teacher(images).argmax(-1))
             tokens = embed(model.surrogate, images)
-            half.append(shown(model.surrogate, tokens, subsets(100, 98, generator)[0]).argmax(-1) == labels)
+            hidden = shown(model.surrogate, tokens, subsets(100, 98, generator)[0])
             positive = snippet.explain(model, images, labels).clamp(min=0)
-            mask = glyphs.patch_fraction(scenes.object_masks[:, 0], (14, 14))
-            inside.append((positive * mask).sum((1, 2)) / positive.sum((1, 2)))
+            mask = glyphs.patch_fraction(scenes.object_masks[:, 0], (GRID, GRID))
             learned, equal = explainer_loss(model, pictures(100, UNSEEN + 3, start), generator)
-            loss.append(learned[None])
-            shares.append(equal[None])
-    values = {
-        "top1": right,
-        "agrees_with_glyph": same,
-        "top1_half_hidden": half,
-        "explainer_loss": loss,
-        "explainer_loss_equal_shares": shares,
-        "relevance_inside": inside,
-    }
-    return {key: round(float(torch.cat(value).float().mean()), 4) for key, value in values.items()}
+            gather(
+                values,
+                top1=whole.argmax(-1) == labels,
+                agrees_with_glyph=whole.argmax(-1) == teacher(images).argmax(-1),
+                top1_half_hidden=hidden.argmax(-1) == labels,
+                explainer_loss=learned[None],
+                explainer_loss_equal_shares=equal[None],
+                relevance_inside=(positive * mask).sum((1, 2)) / positive.sum((1, 2)),
+            )
+    return means(values)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=ATLAS, help="folder with snippets/ and catalog/ to write to")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments_parser(__doc__)
     parser.add_argument("--surrogate", type=int, default=150, help="steps of the surrogate")
     parser.add_argument("--explainer", type=int, default=700, help="steps of the explainer")
     parser.add_argument("--test", type=int, default=1000, help="unseen scenes that measure")
@@ -151,7 +136,7 @@ def main() -> None:
     seed = arguments.seed
 
     torch.manual_seed(seed)
-    teacher, surrogate = glyph(arguments.root), glyph(arguments.root)
+    teacher, surrogate = classifier(arguments.root), classifier(arguments.root)
     settings = Settings(seed, 0, arguments.surrogate, rate=2e-4, head_rate=2e-4)
     minutes = fit(
         "vit-shapley-glyph-surrogate",
@@ -170,37 +155,25 @@ def main() -> None:
 
     settings = Settings(seed, arguments.surrogate, arguments.explainer, rate=3e-4, head_rate=1e-3)
     minutes += fit("vit-shapley-glyph-explainer", explainer, model.backbone, loss, settings)
-    path = arguments.root / "snippets" / "models" / "vit-shapley-glyph.safetensors"
-    sha256 = write(model.half(), path, {"network": BACKBONE, "num_classes": CLASSES, "hidden": HIDDEN})
-    model = snippet.load_pretrained(path)
-    metrics = measure(teacher, model, arguments.test)
-    print(metrics, f"{minutes:.1f} minutes")
-    write_card(
-        arguments.root,
-        ModelCard(
-            id="vit-shapley-glyph",
-            name="ViT-Shapley Glyph",
-            method="vit-shapley",
-            architecture="two timm VisionTransformers, 112 px, patch 8, dim 128, depth 6, 4 heads, MLP ratio 2: the "
-            "surrogate with its head of 12 classes, and the explainer's backbone under one more block and three linear "
-            f"layers, {HIDDEN} wide",
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            input_size=glyphs.SIZE,
-            classes=CLASSES,
-            licence="MIT",
-            training=f"The surrogate: from glyph, on {arguments.surrogate * BATCH:,} fresh scenes with hidden patches, "
-            "every number equally often, towards what glyph says of the whole scene. The explainer: from the "
-            f"surrogate, on {arguments.explainer * PICTURES:,} fresh scenes with {2 * PAIRS} coalitions each, paired. "
-            "AdamW, averaged weights, kept in half precision.",
-            command=command(arguments, parser),
-            seed=seed,
-            minutes=round(minutes, 1),
-            sha256=sha256,
-            metrics=metrics,
-            limits="It knows the twelve creatures of the glyph world and nothing else. It explains its own surrogate, "
-            "which agrees with glyph on most scenes but is another network.",
-            source="Weights and scenes made in this project, from snippets/models/glyph.safetensors and vitx.glyphs.",
-        ),
+    publish(
+        model.half(),
+        {"network": BACKBONE, "num_classes": CLASSES, "hidden": HIDDEN},
+        lambda path: measure(teacher, snippet.load_pretrained(path), arguments.test),
+        minutes,
+        parser,
+        arguments,
+        id="vit-shapley-glyph",
+        name="ViT-Shapley Glyph",
+        method="vit-shapley",
+        architecture="two timm VisionTransformers, 112 px, patch 8, dim 128, depth 6, 4 heads, MLP ratio 2: the "
+        "surrogate with its head of 12 classes, and the explainer's backbone under one more block and three linear "
+        f"layers, {HIDDEN} wide",
+        training=f"The surrogate: from glyph, on {arguments.surrogate * BATCH:,} fresh scenes with hidden patches, "
+        "every number equally often, towards what glyph says of the whole scene. The explainer: from the "
+        f"surrogate, on {arguments.explainer * PICTURES:,} fresh scenes with {2 * PAIRS} coalitions each, paired. "
+        "AdamW, averaged weights, kept in half precision.",
+        limits="It knows the twelve creatures of the glyph world and nothing else. It explains its own surrogate, "
+        "which agrees with glyph on most scenes but is another network.",
     )
 
 

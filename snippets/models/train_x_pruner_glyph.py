@@ -9,30 +9,32 @@ snippets/models/x-pruner-glyph.safetensors, in half precision, and its model car
 scenes.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_concept_glyph import (  # pyright: ignore[reportMissingImports]
+from training import (  # pyright: ignore[reportMissingImports]
     BACKBONE,
+    CLASSES,
+    GLYPH,
     SCENES,
     UNSEEN,
     Settings,
-    command,
+    all_but,
+    arguments_parser,
+    classifier,
     fit,
-    write,
-    write_card,
+    gather,
+    means,
+    publish,
+    with_glyph_weights,
 )
-from vitx import ATLAS, glyphs, load_module, models
-from vitx.schema import ModelCard
+from vitx import glyphs, load_module
 from vitx.vit import gated_units
 
 NAME = "x-pruner-glyph"
 BATCH = 64  # scenes in a step
-CLASSES = len(glyphs.CLASS_NAMES)
 RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, None)  # kept in the last stage; None is what the thresholds keep
 
 snippet = load_module("x-pruner")
@@ -50,9 +52,7 @@ class Search(nn.Module):
 
 def untrained(root: Path) -> Any:
     """A MaskedTransformer with the weights of the model glyph, all masks one and all thresholds half the mean."""
-    model = snippet.MaskedTransformer(**BACKBONE, num_classes=CLASSES)
-    weights = {key: value.float() for key, value in load_file(root / "snippets/models/glyph.safetensors").items()}
-    model.load_state_dict(weights, strict=False)
+    model = with_glyph_weights(snippet.MaskedTransformer(**GLYPH), root)
     for thresholds in model.masks.thresholds.values():
         thresholds.data.fill_(0.5)
     return model
@@ -77,10 +77,6 @@ def learn(model: Any, names: tuple[str, ...]) -> None:
         parameter.requires_grad_(name.startswith(names))
 
 
-def glyph_model() -> Any:
-    return models.load("glyph").model
-
-
 def measure(model: Any, count: int) -> dict[str, float]:
     """Metrics on unseen scenes of one creature, beside the model glyph.
 
@@ -95,7 +91,7 @@ def measure(model: Any, count: int) -> dict[str, float]:
     smaller = {f"_at_{rate}": snippet.prune(model, rate) for rate in (1.0, 0.9, 0.7, 0.5, 0.3)} | {
         "": snippet.prune(model)
     }
-    masks, glyph = model.masks.values["neurons"].detach(), glyph_model()  # masks (C, L, hidden)
+    masks, glyph = model.masks.values["neurons"].detach(), classifier()  # masks (C, L, hidden)
     special = (masks - masks.mean(0)).flatten(1)
     most = special.argsort(1, descending=True)[:, : special.shape[1] // 10]
     without = torch.ones_like(special).scatter(1, most, 0.0).view_as(masks)  # (C, L, hidden)
@@ -116,16 +112,13 @@ def measure(model: Any, count: int) -> dict[str, float]:
             ):
                 with gated_units(glyph, None, without[classes].transpose(0, 1)):
                     found[f"fall_{name}"] = (whole - glyph(images).gather(1, labels[:, None]))[:, 0]
-            for key, value in found.items():
-                values.setdefault(key, []).append(value)
+            gather(values, **found)
     shares = {f"kept_{kind}": round(float(stays.float().mean()), 4) for kind, stays in kept.items()}
-    return {key: round(float(torch.cat(value).float().mean()), 4) for key, value in values.items()} | shares
+    return means(values) | shares
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=ATLAS, help="folder with snippets/ and catalog/ to write to")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments_parser(__doc__)
     parser.add_argument("--masks", type=int, default=150, help="steps for the masks")
     parser.add_argument("--thresholds", type=int, default=120, help="steps for the thresholds")
     parser.add_argument("--steps", type=int, default=160, help="steps for the weights at all rates")
@@ -138,7 +131,7 @@ def main() -> None:
     torch.manual_seed(seed)
     model = untrained(arguments.root)
     search = Search(model)
-    trunk = nn.ParameterList([p for name, p in model.named_parameters() if not name.startswith("masks.")])
+    trunk = all_but(model, "masks.")
 
     def masks(step: int) -> Tensor:
         images, labels = scenes(step, seed)
@@ -175,36 +168,24 @@ def main() -> None:
         settings = Settings(seed, number, steps, rate=2e-4, head_rate=0.05, explanation=arguments.weight)
         minutes += fit(f"{NAME}-{name}", search, trunk, loss, settings)
         done += steps
-    path = arguments.root / "snippets" / "models" / f"{NAME}.safetensors"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    sha256 = write(model.half(), path, {"backbone": BACKBONE, "num_classes": CLASSES})
-    metrics = measure(snippet.load_pretrained(path), arguments.test)
-    print(metrics, f"{minutes:.1f} minutes")
-    write_card(
-        arguments.root,
-        ModelCard(
-            id=NAME,
-            name="X-Pruner Glyph ViT",
-            method="x-pruner",
-            architecture="timm VisionTransformer, 112 px, patch 8, dim 128, depth 6, 4 heads, MLP ratio 2, with 12 "
-            "mask values, one for each class, for every head and MLP neuron, and two thresholds for each block",
-            parameters=parameters,
-            input_size=glyphs.SIZE,
-            classes=CLASSES,
-            licence="MIT",
-            training=f"From the model glyph on {done * BATCH:,} fresh scenes of one creature: masks by cross-entropy "
-            f"plus {arguments.weight:g} times their mean square ({arguments.masks} steps), thresholds that prune the "
-            f"share {arguments.pruned:g} ({arguments.thresholds} steps), weights at shares from 0.3 to 1 "
-            f"({arguments.steps} steps).",
-            command=command(arguments, parser),
-            seed=seed,
-            minutes=round(minutes, 1),
-            sha256=sha256,
-            metrics=metrics,
-            limits="It knows the twelve creatures of the glyph world and nothing else. Its masks tell which units "
-            "speak for a class in this one model.",
-            source="Weights and scenes made in this project, from snippets/models/glyph.safetensors and vitx.glyphs.",
-        ),
+    publish(
+        model.half(),
+        {"backbone": BACKBONE, "num_classes": CLASSES},
+        lambda path: measure(snippet.load_pretrained(path), arguments.test),
+        minutes,
+        parser,
+        arguments,
+        id=NAME,
+        name="X-Pruner Glyph ViT",
+        method="x-pruner",
+        architecture="timm VisionTransformer, 112 px, patch 8, dim 128, depth 6, 4 heads, MLP ratio 2, with 12 "
+        "mask values, one for each class, for every head and MLP neuron, and two thresholds for each block",
+        training=f"From the model glyph on {done * BATCH:,} fresh scenes of one creature: masks by cross-entropy "
+        f"plus {arguments.weight:g} times their mean square ({arguments.masks} steps), thresholds that prune the "
+        f"share {arguments.pruned:g} ({arguments.thresholds} steps), weights at shares from 0.3 to 1 "
+        f"({arguments.steps} steps).",
+        limits="It knows the twelve creatures of the glyph world and nothing else. Its masks tell which units "
+        "speak for a class in this one model.",
     )
 
 

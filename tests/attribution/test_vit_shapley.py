@@ -86,14 +86,14 @@ def test_training_draws_what_the_paper_says(script):
     assert chosen.shape == (50, 20)
     together = torch.cat([chosen, rest], 1).sort(1).values
     assert torch.equal(together, torch.arange(script.PATCHES).expand(50, -1))
-    teacher = script.glyph(ATLAS)
+    teacher = script.classifier(ATLAS)
     images = script.pictures(2, 5, 0)
     with torch.no_grad():
         tokens = script.embed(teacher, images)
         visible = torch.zeros(2, script.PATCHES, dtype=torch.bool).scatter_(1, chosen[:2], True)
         masked = logits_of_visible(teacher, images, visible)
         assert (script.shown(teacher, tokens, chosen[:2]) - masked).abs().max() < 0.15  # bfloat16
-    model = script.untrained(script.glyph(ATLAS))
+    model = script.untrained(script.classifier(ATLAS))
     assert model.patch_values(images).abs().max() == 0
     learned, equal = script.explainer_loss(model, images, torch.Generator().manual_seed(1))
     assert torch.equal(learned, equal)  # an explainer that knows nothing gives equal shares

@@ -248,9 +248,9 @@ def test_a_file_gives_back_its_model(tmp_path):
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
     script, card = training_script("dynamicvit_glyph"), catalog.load().models["dynamicvit-glyph"]
-    monkeypatch.setattr(script, "UNSEEN", 800_000)  # a seed of neither the training nor the card
+    monkeypatch.setitem(script.measure_token_pruning.__globals__, "UNSEEN", 800_000)  # not of training or card
     run = partial(snippet.explain, models.load("dynamicvit-glyph").model)
-    measured = script.measure(run, {str(rate): {"keep_rate": rate} for rate in (1.0, 0.7, 0.5)}, 200)
+    measured = script.measure_token_pruning(run, {str(rate): {"keep_rate": rate} for rate in (1.0, 0.7, 0.5)}, 200)
     for name, value in measured.items():
         assert abs(value - card.metrics[name]) < 0.05, name
     oracle = "200 glyph scenes"
