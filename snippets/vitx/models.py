@@ -149,7 +149,8 @@ def _glyph(name: str) -> Loaded:
             num_classes=len(glyphs.CLASS_NAMES),
         )
         model.load_state_dict(load_file(path))
-    return Loaded(model, Preprocess(glyphs.SIZE, glyphs.MEAN, glyphs.STD), tuple(glyphs.CLASS_NAMES))
+    class_names = getattr(model, "class_names", glyphs.CLASS_NAMES)  # models of other tasks have answers of their own
+    return Loaded(model, Preprocess(glyphs.SIZE, glyphs.MEAN, glyphs.STD), tuple(class_names))
 
 
 def _photo() -> Loaded:
