@@ -27,6 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vit-cx": {"threshold": 0.2},
     "atman": {"cell": 4},
     "r-cut": {"centred": True},
+    "d-rise": {"masks": 30},
+    "focused-attention-retina": {"iterations": 2, "samples": 8},
     "kernelshap": {"samples": 40},
     "lime": {"samples": 30},
     "rise": {"masks": 30},
