@@ -19,45 +19,19 @@
 
 # %%
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from vitx.vit import (
+    RELEVANCE_TENSORS,
+    block_relevance,
     capture,
     check,
     head_relevance,
-    linear_relevance,
     plain_relevance_blocks,
-    product_relevance,
-    ratio,
     readout,
     target_classes,
     target_scores,
     to_grid,
-)
-
-
-def sum_relevance(relevance: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Relevance (B, N, D) of the operands of ``u + v``, rescaled per picture so that the two sums add up to its sum."""
-    share = ratio(relevance, u + v)
-    of_u, of_v = u * share, v * share
-    total, sum_u, sum_v = (r.sum((1, 2), keepdim=True) for r in (relevance, of_u, of_v))
-    scale = ratio(total, sum_u.abs() + sum_v.abs())
-    return of_u * ratio(sum_u.abs(), sum_u) * scale, of_v * ratio(sum_v.abs(), sum_v) * scale
-
-
-# The tensors of every block that the backward walk reads.
-READ = (
-    "block_input",  # (B, N, D): the residual stream
-    "attn.qkv.input",  # (B, N, D)
-    "attn.q_norm",  # (B, h, N, d): queries
-    "attn.k_norm",  # (B, h, N, d): keys
-    "attn.qkv",  # (B, N, 3 h d)
-    "attention",  # (B, h, N, N)
-    "attn.proj.input",  # (B, N, h d)
-    "norm2.input",  # (B, N, D): the residual stream between attention and MLP
-    "mlp.fc1.input",  # (B, N, D)
-    "mlp.fc2.input",  # (B, N, hidden)
-    "block_output",  # (B, N, D)
 )
 
 
@@ -81,7 +55,7 @@ def explain(model: VisionTransformer, images: Tensor, target: Tensor | None = No
     """
     check(model, images)
     blocks = plain_relevance_blocks(model)
-    with torch.enable_grad(), capture(model, *READ) as record:
+    with torch.enable_grad(), capture(model, *RELEVANCE_TENSORS) as record:
         logits = model(images)
         gradients = torch.autograd.grad(target_scores(logits, target).sum(), record["attention"])
     with torch.no_grad():
@@ -92,34 +66,6 @@ def explain(model: VisionTransformer, images: Tensor, target: Tensor | None = No
             of_attention, relevance = block_relevance(blocks[index], layer, relevance, last=index == 0)
             row = row + row @ (gradients[index] * of_attention).clamp(min=0).mean(1)
     return to_grid(model, images, row[:, 0, model.num_prefix_tokens :])
-
-
-def block_relevance(block: Block, layer: dict[str, Tensor], relevance: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-    """Relevance of the block's attention (B, h, N, N) and of its input (B, N, D), from that of its output.
-
-    Norms, activations, softmax, layer scale and dropout pass relevance on unchanged. ``last`` skips the block's input.
-    """
-    x, middle, output, attention = (layer[name] for name in ("block_input", "norm2.input", "block_output", "attention"))
-    stream, branch = sum_relevance(relevance, middle, output - middle)  # second residual sum
-    branch = linear_relevance(branch, layer["mlp.fc2.input"], block.get_parameter("mlp.fc2.weight"))
-    branch = linear_relevance(branch, layer["mlp.fc1.input"], block.get_parameter("mlp.fc1.weight"))
-    stream, branch = sum_relevance(stream + branch, x, middle - x)  # first residual sum
-    branch = linear_relevance(branch, layer["attn.proj.input"], block.get_parameter("attn.proj.weight"))
-    heads = (attention.shape[1], -1)
-    values = layer["attn.qkv"].unflatten(-1, (3, *heads))[:, :, 2].transpose(1, 2)  # (B, h, N, d)
-    mixed, branch = (t.unflatten(-1, heads).transpose(1, 2) for t in (layer["attn.proj.input"], branch))  # (B, h, N, d)
-    of_attention, of_values = product_relevance(branch, attention, values, mixed)
-    if last:
-        return of_attention, relevance
-    queries, keys = layer["attn.q_norm"], layer["attn.k_norm"]
-    of_queries, of_keys = product_relevance(
-        of_attention, queries, keys.transpose(-2, -1), queries @ keys.transpose(-2, -1)
-    )
-    branch = torch.stack([of_queries, of_keys.transpose(-2, -1), of_values])  # (3, B, h, N, d)
-    branch = branch.permute(1, 3, 0, 2, 4).flatten(2)  # (B, N, 3 h d)
-    return of_attention, stream + linear_relevance(
-        branch, layer["attn.qkv.input"], block.get_parameter("attn.qkv.weight")
-    )
 
 
 # %% [markdown]

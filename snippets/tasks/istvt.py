@@ -33,8 +33,8 @@ from vitx.vit import (
     grid,
     linear_relevance,
     product_relevance,
-    ratio,
     require_finite,
+    sum_relevance,
     target_classes,
 )
 
@@ -226,15 +226,6 @@ def class_relevance(model: VideoTransformer, output: Tensor, classes: Tensor) ->
     one = nn.functional.one_hot(classes, model.num_classes).to(output)
     relevance[:, 0, 0] = linear_relevance(one, model.norm(output[:, 0, 0]), model.head.weight)
     return relevance
-
-
-def sum_relevance(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Relevance of the operands of ``a + b``, rescaled in each clip so that both together keep its sum."""
-    share = ratio(relevance, a + b)
-    of_a, of_b = a * share, b * share
-    total, sum_a, sum_b = (x.flatten(1).sum(1).view(-1, 1, 1, 1) for x in (relevance, of_a, of_b))
-    scale = ratio(total, sum_a.abs() + sum_b.abs())
-    return of_a * ratio(sum_a.abs(), sum_a) * scale, of_b * ratio(sum_b.abs(), sum_b) * scale
 
 
 def attention_relevance(relevance: Tensor, steps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -22,27 +22,21 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from vitx.vit import (
+    RELEVANCE_TENSORS,
+    block_relevance,
     capture,
     check,
     grid,
     head_relevance,
-    linear_relevance,
     patches_to_pixels,
     plain_relevance_blocks,
-    product_relevance,
-    ratio,
     readout,
     target_classes,
     target_scores,
     to_grid,
-)
-
-READ = (  # what the walk back reads of every block
-    *("block_input", "attn.qkv.input", "attn.q_norm", "attn.k_norm", "attn.qkv", "attention", "attn.proj.input"),
-    *("norm2.input", "mlp.fc1.input", "mlp.fc2.input", "block_output"),
 )
 
 
@@ -64,7 +58,7 @@ def explain(model: VisionTransformer, images: Tensor, target: Tensor | None = No
     """
     check(model, images)
     blocks = plain_relevance_blocks(model)
-    with torch.enable_grad(), capture(model, *READ) as record:
+    with torch.enable_grad(), capture(model, *RELEVANCE_TENSORS) as record:
         logits = model(images)
         gradients = torch.autograd.grad(target_scores(logits, target).sum(), record["attention"])
     with torch.no_grad():
@@ -75,36 +69,6 @@ def explain(model: VisionTransformer, images: Tensor, target: Tensor | None = No
             of_attention, relevance = block_relevance(blocks[index], layer, relevance)
             row = row + row @ (gradients[index] * of_attention).clamp(min=0).mean(1)
     return to_grid(model, images, row[:, 0, model.num_prefix_tokens :])
-
-
-def sum_relevance(relevance: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Relevance (B, N, D) of the operands of ``u + v``, rescaled per picture so that the two sums add up to its sum."""
-    share = ratio(relevance, u + v)
-    of_u, of_v = u * share, v * share
-    total, sum_u, sum_v = (r.sum((1, 2), keepdim=True) for r in (relevance, of_u, of_v))
-    scale = ratio(total, sum_u.abs() + sum_v.abs())
-    return of_u * ratio(sum_u.abs(), sum_u) * scale, of_v * ratio(sum_v.abs(), sum_v) * scale
-
-
-def block_relevance(block: Block, layer: dict[str, Tensor], relevance: Tensor) -> tuple[Tensor, Tensor]:
-    """Relevance of the block's attention (B, h, N, N) and of its input (B, N, D), from that of its output."""
-
-    def through(relevance: Tensor, name: str) -> Tensor:
-        return linear_relevance(relevance, layer[f"{name}.input"], block.get_parameter(f"{name}.weight"))
-
-    x, middle, output, attention = (layer[name] for name in ("block_input", "norm2.input", "block_output", "attention"))
-    stream, branch = sum_relevance(relevance, middle, output - middle)
-    branch = through(through(branch, "mlp.fc2"), "mlp.fc1")
-    stream, branch = sum_relevance(stream + branch, x, middle - x)
-    heads = (attention.shape[1], -1)
-    branch = through(branch, "attn.proj").unflatten(-1, heads).transpose(1, 2)  # (B, h, N, d)
-    mixed = layer["attn.proj.input"].unflatten(-1, heads).transpose(1, 2)
-    values = layer["attn.qkv"].unflatten(-1, (3, *heads))[:, :, 2].transpose(1, 2)
-    of_attention, of_values = product_relevance(branch, attention, values, mixed)
-    queries, keys = layer["attn.q_norm"], layer["attn.k_norm"].mT
-    of_queries, of_keys = product_relevance(of_attention, queries, keys, queries @ keys)
-    branch = torch.stack([of_queries, of_keys.mT, of_values]).permute(1, 3, 0, 2, 4).flatten(2)  # (B, N, 3 h d)
-    return of_attention, stream + through(branch, "attn.qkv")
 
 
 # %% [markdown]

@@ -155,9 +155,9 @@ def run(
         loaded, x, picture, shown = _prepare(
             image, model or _default_model(entry.model, checkpoint), checkpoint, num_classes, device
         )
-        # A method for pictures and words takes any caption.
-        captioned = target and " " in target and "image-text-matching" in entry.tasks
-        goal = [target] if captioned else _target(target, loaded)
+        # A method for pictures and words takes any caption or question.
+        worded = {"image-text-matching", "visual-question-answering"} & set(entry.tasks)
+        goal = [target] if worded and target and " " in target else _target(target, loaded)
         import torch
 
         from vitx import load, plot
@@ -254,7 +254,8 @@ def _prepare(
     """(model, normalised picture (1, 3, H, W), picture (H, W, 3) in [0, 1], the picture's name)."""
     from vitx import images, models
 
-    shown = image or ("sample" if model.endswith("glyph") else "coffee")
+    own = "sample" if model.endswith("glyph") else f"lesion:{images.SAMPLE_SEED}" if model == "lesion" else "coffee"
+    shown = image or own
     opened = images.open_image(shown)
     loaded = loaded or models.load(model, checkpoint, num_classes, device)
     x = loaded.preprocess(opened)[None].to(device)

@@ -19,7 +19,7 @@ PHOTOGRAPHS = {
     "rocket": "rocket.jpg",
     "motorcycle": "motorcycle_left.png",
 }
-SAMPLE_SEED = 7  # of the glyph scene called "sample"
+SAMPLE_SEED = 7  # of the glyph scene called "sample", and of the scene that the model lesion is shown
 
 # Formats that Pillow decodes by itself; others (EPS, say) would start another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -41,7 +41,8 @@ def open_image(name: str | Path) -> Image.Image:
     Args:
         name: a file (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM), or one of the names that need no file: a photograph
             (chelsea, coffee, astronaut, rocket, motorcycle), "glyph:<seed>" for scene 0 of that seed of
-            vitx.glyphs, whose ground truth is `vitx.glyphs.scenes(1, seed)`, or "sample" for one such scene.
+            vitx.glyphs, whose ground truth is `vitx.glyphs.scenes(1, seed)`, "sample" for one such scene, or
+            "lesion:<seed>" for one of vitx.lesions.
 
     Raises:
         ImageError: no such file, not a picture, damaged, of more than 64 megapixels (known before decoding), of
@@ -50,8 +51,8 @@ def open_image(name: str | Path) -> Image.Image:
     text = str(name)
     if text in PHOTOGRAPHS:
         return _read(_photograph(text))
-    if text == "sample" or text.startswith("glyph:"):
-        return _glyph(text)
+    if text == "sample" or text.startswith(("glyph:", "lesion:")):
+        return _scene(f"glyph:{SAMPLE_SEED}" if text == "sample" else text)
     path = Path(name)
     if path.is_dir():
         raise ImageError(f"{path} is a folder, not a picture")
@@ -80,13 +81,13 @@ def _photograph(name: str) -> Path:
     raise ImageError(f"the photograph {name} ships with scikit-image, which is not installed here or lacks it")
 
 
-def _glyph(name: str) -> Image.Image:
-    from vitx import glyphs
+def _scene(name: str) -> Image.Image:
+    from vitx import glyphs, lesions
 
-    seed = str(SAMPLE_SEED) if name == "sample" else name.removeprefix("glyph:")
+    world, _, seed = name.partition(":")
     if not seed.isascii() or not seed.isdigit():
-        raise ImageError(f"a glyph scene is called glyph:<seed> with a whole number from 0 on, not {name}")
-    scene = glyphs.scenes(1, int(seed)).images[0]  # (3, S, S) in [0, 1]
+        raise ImageError(f"a {world} scene is called {world}:<seed> with a whole number from 0 on, not {name}")
+    scene = (glyphs if world == "glyph" else lesions).scenes(1, int(seed)).images[0]  # (3, S, S) in [0, 1]
     return Image.fromarray((scene * 255).round().byte().permute(1, 2, 0).numpy())
 
 

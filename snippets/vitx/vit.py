@@ -889,6 +889,66 @@ def product_relevance(relevance: Tensor, u: Tensor, v: Tensor, product: Tensor) 
     return u * (share @ v.transpose(-2, -1)) / 2, v * (u.transpose(-2, -1) @ share) / 2
 
 
+def sum_relevance(relevance: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Relevance (B, ...) of the operands of ``u + v``, rescaled per picture so that the two sums add up to its sum."""
+    share = ratio(relevance, u + v)
+    of_u, of_v = u * share, v * share
+    rest = tuple(range(1, relevance.ndim))
+    total, sum_u, sum_v = (r.sum(rest, keepdim=True) for r in (relevance, of_u, of_v))
+    scale = ratio(total, sum_u.abs() + sum_v.abs())
+    return of_u * ratio(sum_u.abs(), sum_u) * scale, of_v * ratio(sum_v.abs(), sum_v) * scale
+
+
+# What ``capture`` must record of every block for ``block_relevance``.
+RELEVANCE_TENSORS = (
+    "block_input",  # (B, N, D): the residual stream
+    "attn.qkv.input",  # (B, N, D)
+    "attn.q_norm",  # (B, h, N, d): queries
+    "attn.k_norm",  # (B, h, N, d): keys
+    "attn.qkv",  # (B, N, 3 h d)
+    "attention",  # (B, h, N, N)
+    "attn.proj.input",  # (B, N, h d)
+    "norm2.input",  # (B, N, D): the residual stream between attention and MLP
+    "mlp.fc1.input",  # (B, N, D)
+    "mlp.fc2.input",  # (B, N, hidden)
+    "block_output",  # (B, N, D)
+)
+
+
+def block_relevance(
+    block: nn.Module, layer: dict[str, Tensor], relevance: Tensor, last: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Relevance of a block's attention (B, h, N, N) and of its input (B, N, D), from that of its output.
+
+    The rules of Chefer, Gur, Wolf 2021 (CVPR) for the blocks of ``plain_relevance_blocks``. Norms, activations,
+    softmax, layer scale and dropout pass relevance on unchanged.
+
+    Args:
+        layer: the block's ``RELEVANCE_TENSORS`` by name. last: leaves the input out.
+    """
+    x, middle, output, attention = (layer[name] for name in ("block_input", "norm2.input", "block_output", "attention"))
+    stream, branch = sum_relevance(relevance, middle, output - middle)  # second residual sum
+    branch = linear_relevance(branch, layer["mlp.fc2.input"], block.get_parameter("mlp.fc2.weight"))
+    branch = linear_relevance(branch, layer["mlp.fc1.input"], block.get_parameter("mlp.fc1.weight"))
+    stream, branch = sum_relevance(stream + branch, x, middle - x)  # first residual sum
+    branch = linear_relevance(branch, layer["attn.proj.input"], block.get_parameter("attn.proj.weight"))
+    heads = (attention.shape[1], -1)
+    values = layer["attn.qkv"].unflatten(-1, (3, *heads))[:, :, 2].transpose(1, 2)  # (B, h, N, d)
+    mixed, branch = (t.unflatten(-1, heads).transpose(1, 2) for t in (layer["attn.proj.input"], branch))  # (B, h, N, d)
+    of_attention, of_values = product_relevance(branch, attention, values, mixed)
+    if last:
+        return of_attention, relevance
+    queries, keys = layer["attn.q_norm"], layer["attn.k_norm"]
+    of_queries, of_keys = product_relevance(
+        of_attention, queries, keys.transpose(-2, -1), queries @ keys.transpose(-2, -1)
+    )
+    branch = torch.stack([of_queries, of_keys.transpose(-2, -1), of_values])  # (3, B, h, N, d)
+    branch = branch.permute(1, 3, 0, 2, 4).flatten(2)  # (B, N, 3 h d)
+    return of_attention, stream + linear_relevance(
+        branch, layer["attn.qkv.input"], block.get_parameter("attn.qkv.weight")
+    )
+
+
 def head_relevance(
     model: VisionTransformer,
     tokens: Tensor,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vitx import glyphs, images
+from vitx import glyphs, images, lesions
 from vitx.images import ImageError, open_image
 
 
@@ -72,6 +72,12 @@ def test_a_glyph_name_gives_the_scene_of_that_seed():
     pixels = torch.from_numpy(np.array(open_image("glyph:5"))).permute(2, 0, 1) / 255
     assert (pixels - expected).abs().max() <= 0.5 / 255 + 1e-6
     assert open_image("sample").tobytes() == open_image(f"glyph:{images.SAMPLE_SEED}").tobytes()
+
+
+def test_a_lesion_scene_by_its_seed():
+    scene = lesions.scenes(1, 4).images[0]
+    assert np.array_equal(np.asarray(open_image("lesion:4")), (scene * 255).round().byte().permute(1, 2, 0).numpy())
+    assert "a lesion scene is called lesion:<seed>" in refusal("lesion:x")
 
 
 @pytest.mark.parametrize("name", ["glyph:", "glyph:-1", "glyph:x", "glyph:1.5"])
