@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tis": {"masks": 8},
     "vit-cx": {"threshold": 0.2},
     "atman": {"cell": 4},
+    "prisma": {"cell": 4},
     "r-cut": {"centred": True},
     "d-rise": {"masks": 30},
     "focused-attention-retina": {"iterations": 2, "samples": 8},
