@@ -29,15 +29,13 @@ CODE = "from vitx import glyphs, metrics"  # what decides, beside the snippet, w
 
 
 def heat_map_methods() -> list[str]:
-    """Ids, in catalogue order, of the methods with a snippet whose result has a heat map on the glyph world.
-
-    Their models must name its creatures; some of other tasks find parts, or answer questions.
-    """
+    """Ids, in catalogue order, of the methods with a snippet whose result has a heat map of a creature."""
     atlas = catalog.load()
-    creatures = len(glyphs.CLASS_NAMES)
-    able = {id for id, card in atlas.models.items() if id.endswith("glyph") and card.classes == creatures}
-    entries = atlas.methods.values()
-    return [entry.id for entry in entries if entry.snippet and entry.model in able and entry.output != "units"]
+    return [
+        entry.id
+        for entry in atlas.methods.values()
+        if entry.snippet and entry.output != "units" and catalog.names_creatures(atlas, entry)
+    ]
 
 
 def glyph_truth(ids: list[str], scenes: int = 128, batch: int = 16, path: Path | None = None) -> dict[str, Any]:

@@ -714,6 +714,15 @@ def get(catalog: Catalog, id: str) -> Method:
     return catalog.methods[id]
 
 
+def names_creatures(catalog: Catalog, method: Method) -> bool:
+    """Whether the model of a method tells the creatures of the glyph world apart, so that one can be asked for.
+
+    Models of other tasks find parts, or answer questions.
+    """
+    card, plain = catalog.models.get(method.model), catalog.models.get("glyph")
+    return method.model.endswith("glyph") and (card is None or plain is None or card.classes == plain.classes)
+
+
 def _unknown(id: str, known: Iterable[str]) -> str:
     return f'there is no method "{id[:80]}"' + (_did_you_mean(id, known) or "; `vitx list` shows them all")
 

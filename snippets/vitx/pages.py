@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from vitx import charts, cite, mindmap
+from vitx.catalog import names_creatures
 from vitx.markup import Figure, code_block, heading, inline, link, markdown_html, number, picture, table
 from vitx.schema import Catalog, Difference, Method, Paper, Subfamily, Term
 
@@ -622,7 +623,7 @@ def method_page(atlas: Atlas, id: str, code: str | None, figure: Figure | None =
                 '<p>On glyph scenes, beside the full model. <a href="/pruning/">All methods</a>.</p>',
                 pruned_table(atlas, [id]),
             ]
-        if method.output == "heatmap" or id in atlas.grades:
+        if id in atlas.grades or (method.output == "heatmap" and names_creatures(atlas.catalog, method)):
             parts += [
                 heading(2, "ground-truth", "Ground truth in the glyph world"),
                 "<p>How much of the relevance falls on the creature that decides the class, in scenes of one "

@@ -219,3 +219,12 @@ def test_a_map_of_what_counts_agrees_on_the_parts(tmp_path, monkeypatch):
     assert by_method["grad-cam"]["parts"] > 0.99
     assert by_method["raw-attention"]["parts"] < -0.99
     assert by_method["grad-cam"]["accuracy"] > 0.8
+
+
+def test_methods_are_scored_only_where_the_model_names_the_creatures():
+    """A pose model finds parts, a video model forgeries: no creature can be asked for."""
+    scored, entries = bench.heat_map_methods(), catalog.load()
+    assert {"grad-cam", "clip-surgery", "saev"} <= set(scored)
+    assert not {"transpose", "istvt", "covid-transformer", "x-pruner"} & set(scored)
+    for id in scored:
+        assert models.load(entries.methods[id].model).class_names == glyphs.CLASS_NAMES
