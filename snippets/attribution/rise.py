@@ -10,25 +10,11 @@
 # more than the picture and cut out at a random shift. Catalogue entry: `rise`.
 
 # %%
-import math
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from vitx.vit import check, pool_patches, target_classes, target_scores, to_grid
-
-
-def enlarge(cells: int, size: int, shift: Tensor, like: Tensor) -> Tensor:
-    """Matrices (n, size, cells) that enlarge a line of cells bilinearly and cut ``size`` pixels out at each shift (n,).
-
-    A line of ``cells`` becomes (cells + 1) ceil(size / cells) pixels; beyond its ends the line is mirrored.
-    """
-    length = (cells + 1) * math.ceil(size / cells)
-    pixel = (shift[:, None] + torch.arange(size)).double()  # (n, size)
-    place = ((pixel + 0.5) * cells / length - 0.5).abs()  # in cells, mirrored at the first
-    place = (cells - 1) - (cells - 1 - place).abs()  # ... and at the last
-    weights = 1 - (place[..., None] - torch.arange(cells)).abs()  # of the two nearest cells
-    return weights.clamp(min=0).to(like)
+from vitx.vit import check, pool_patches, random_masks, target_classes, target_scores, to_grid
 
 
 def explain(
@@ -64,21 +50,13 @@ def explain(
     Source: Petsiuk, Das, Saenko 2018, equation 6 and section 3.2.
     """
     check(model, images)
-    if masks < 1 or cells < 2 or not 0 < probability < 1:
-        raise ValueError("masks must be at least 1, cells at least 2, and probability between 0 and 1.")
-    generator = generator or torch.Generator().manual_seed(0)
-    height, width = images.shape[-2:]
-    open_cells = (torch.rand(masks, cells, cells, generator=generator) < probability).to(images)
-    shift_y = torch.randint(math.ceil(height / cells), (masks,), generator=generator)
-    shift_x = torch.randint(math.ceil(width / cells), (masks,), generator=generator)
+    mask_of = random_masks(images, masks, cells, probability, generator)
     total = torch.zeros_like(images[:, 0])  # (B, H, W)
     with torch.inference_mode():
         classes = target_classes(model(images), target)
         for pair in torch.arange(masks * len(images)).split(chunk):
             row, picture = pair // len(images), (pair % len(images)).to(images.device)
-            rows = enlarge(cells, height, shift_y[row], images)  # (n, H, h)
-            columns = enlarge(cells, width, shift_x[row], images)  # (n, W, w)
-            mask = rows @ open_cells[row] @ columns.transpose(1, 2)  # (n, H, W)
+            mask = mask_of(row)  # (n, H, W)
             scores = target_scores(model(images[picture] * mask[:, None]).softmax(-1), classes[picture])  # f_c
             total.index_add_(0, picture, scores[:, None, None] * mask)
     saliency = total / (probability * masks)  # E[M] = p

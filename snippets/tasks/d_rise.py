@@ -13,13 +13,12 @@
 # Catalogue entry: `d-rise`; for classifiers `rise`. The same detector is explained by `generic-attention-detr` and `odam`.
 
 # %%
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from vitx.vit import UnsupportedModel, check, pool_patches, require_finite, to_grid
+from vitx.vit import UnsupportedModel, check, pool_patches, random_masks, require_finite, to_grid
 
 
 class Explained(NamedTuple):
@@ -77,13 +76,7 @@ def explain(
             "(the model detector-glyph)."
         )
     check(model.encoder, images)
-    if masks < 1 or cells < 2 or not 0 < probability < 1:
-        raise ValueError("masks must be at least 1, cells at least 2, and probability between 0 and 1.")
-    generator = generator or torch.Generator().manual_seed(0)
-    height, width = images.shape[-2:]
-    open_cells = (torch.rand(masks, cells, cells, generator=generator) < probability).to(images)
-    shift_y = torch.randint(math.ceil(height / cells), (masks,), generator=generator)
-    shift_x = torch.randint(math.ceil(width / cells), (masks,), generator=generator)
+    mask_of = random_masks(images, masks, cells, probability, generator)
     total = torch.zeros_like(images[:, 0])  # (B, H, W)
     one = torch.arange(len(images), device=images.device)
     with torch.inference_mode():
@@ -93,9 +86,7 @@ def explain(
         box, classes = boxes[one, asked], probabilities[one, asked, :-1]  # L_t (B, 4), P_t (B, K)
         for pair in torch.arange(masks * len(images)).split(chunk):
             row, picture = pair // len(images), (pair % len(images)).to(images.device)
-            rows = enlarge(cells, height, shift_y[row], images)  # (n, H, cells)
-            columns = enlarge(cells, width, shift_x[row], images)  # (n, W, cells)
-            mask = rows @ open_cells[row] @ columns.transpose(1, 2)  # (n, H, W)
+            mask = mask_of(row)  # (n, H, W)
             found = model.detect(images[picture] * mask[:, None])
             alike = similarity(found.probabilities, found.boxes, box[picture], classes[picture])  # (n,)
             total.index_add_(0, picture, alike[:, None, None] * mask)
@@ -118,19 +109,6 @@ def similarity(probabilities: Tensor, boxes: Tensor, box: Tensor, classes: Tenso
     iou = shared / (areas[0] + areas[1] - shared).clamp(min=torch.finfo(boxes.dtype).tiny)
     alike = cosine_similarity(probabilities[..., :-1], classes[:, None], dim=-1)  # (n, Q)
     return (iou * alike * (1 - probabilities[..., -1])).amax(1)
-
-
-def enlarge(cells: int, size: int, shift: Tensor, like: Tensor) -> Tensor:
-    """Matrices (n, size, cells) that enlarge a line of cells bilinearly and cut ``size`` pixels out at each shift (n,).
-
-    A line of ``cells`` becomes (cells + 1) ceil(size / cells) pixels; beyond its ends the line is mirrored.
-    """
-    length = (cells + 1) * math.ceil(size / cells)
-    pixel = (shift[:, None] + torch.arange(size)).double()  # (n, size)
-    place = ((pixel + 0.5) * cells / length - 0.5).abs()  # in cells, mirrored at the first
-    place = (cells - 1) - (cells - 1 - place).abs()  # ... and at the last
-    weights = 1 - (place[..., None] - torch.arange(cells)).abs()  # of the two nearest cells
-    return weights.clamp(min=0).to(like)
 
 
 # %% [markdown]

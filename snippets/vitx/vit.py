@@ -8,6 +8,7 @@ h heads, D channels.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -887,6 +888,48 @@ def product_relevance(relevance: Tensor, u: Tensor, v: Tensor, product: Tensor) 
     """Relevance of the operands of ``product = u @ v``. Each operand claims all of it, so each is given one half."""
     share = ratio(relevance, product)
     return u * (share @ v.transpose(-2, -1)) / 2, v * (u.transpose(-2, -1) @ share) / 2
+
+
+def enlarge(cells: int, size: int, shift: Tensor, like: Tensor) -> Tensor:
+    """Matrices (n, size, cells) that enlarge a line of cells bilinearly and cut ``size`` pixels out at each shift (n,).
+
+    A line of ``cells`` becomes (cells + 1) ceil(size / cells) pixels; beyond its ends the line is mirrored.
+    """
+    length = (cells + 1) * math.ceil(size / cells)
+    pixel = (shift[:, None] + torch.arange(size)).double()  # (n, size)
+    place = ((pixel + 0.5) * cells / length - 0.5).abs()  # in cells, mirrored at the first
+    place = (cells - 1) - (cells - 1 - place).abs()  # ... and at the last
+    weights = 1 - (place[..., None] - torch.arange(cells)).abs()  # of the two nearest cells
+    return weights.clamp(min=0).to(like)
+
+
+def random_masks(
+    images: Tensor, count: int, cells: int, probability: float, generator: torch.Generator | None = None
+) -> Callable[[Tensor], Tensor]:
+    """RISE's random smooth masks for pictures (B, 3, H, W): from numbers of masks (n,) to masks (n, H, W) in [0, 1].
+
+    A grid of ``cells`` by ``cells``, each open with ``probability``, is enlarged bilinearly to one cell more than the
+    picture and cut out at a random shift. Only the grids are kept in memory. Source: Petsiuk et al. 2018, section 3.2.
+
+    Args:
+        generator: draws grids and shifts; None is a new one seeded 0.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    if count < 1 or cells < 2 or not 0 < probability < 1:
+        raise ValueError("masks must be at least 1, cells at least 2, and probability between 0 and 1.")
+    generator = generator or torch.Generator().manual_seed(0)
+    height, width = images.shape[-2:]
+    open_cells = (torch.rand(count, cells, cells, generator=generator) < probability).to(images)
+    shift_y = torch.randint(math.ceil(height / cells), (count,), generator=generator)
+    shift_x = torch.randint(math.ceil(width / cells), (count,), generator=generator)
+
+    def mask(number: Tensor) -> Tensor:
+        rows = enlarge(cells, height, shift_y[number], images)  # (n, H, cells)
+        return rows @ open_cells[number] @ enlarge(cells, width, shift_x[number], images).transpose(1, 2)
+
+    return mask
 
 
 def sum_relevance(relevance: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 import vitx
 from helpers import pictures, relative_error, tiny
 from skimage.transform import resize
+from vitx import vit
 
 ID = "rise"
 snippet = vitx.load_module(ID)
@@ -68,7 +69,7 @@ def test_every_pixel_is_visible_with_the_same_probability(proof):
 def test_masks_are_smooth_and_between_zero_and_one():
     generator = torch.Generator().manual_seed(0)
     shift = torch.randint(5, (50,), generator=generator)
-    rows = snippet.enlarge(7, 33, shift, torch.zeros(1, dtype=torch.float64))
+    rows = vit.enlarge(7, 33, shift, torch.zeros(1, dtype=torch.float64))
     assert torch.allclose(rows.sum(-1), torch.ones(50, 33, dtype=torch.float64))
     assert rows.min() >= 0
     grid = (torch.rand(50, 7, 7, generator=generator) < 0.5).double()
