@@ -1,6 +1,7 @@
 """Models that show mistakes, and a Vision Transformer written out in plain numpy and loops."""
 
 import importlib.util
+import json
 import math
 import sys
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from safetensors.torch import save_file
 from scipy.special import erf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -228,6 +230,25 @@ def linear_in_features() -> Any:
         block.attn.qkv.weight[16:] = torch.eye(8)  # no queries, no keys; values are the features themselves
         block.attn.proj.weight.copy_(torch.eye(8))
     return model
+
+
+def read_back(snippet: Any, model: nn.Module, about: dict[str, Any], folder: Any) -> Any:
+    """What ``snippet.load_pretrained`` makes of a file with the weights of the model and JSON metadata."""
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(tensors, folder / "x.safetensors", {key: json.dumps(value) for key, value in about.items()})
+    again = snippet.load_pretrained(folder / "x.safetensors")
+    assert not again.training
+    return again
+
+
+def tiny_detector(img_size: tuple[int, int], seed: int = 0) -> Any:
+    """A rough detector of patches of 8 pixels with three queries, five classes and two layers on either side."""
+    encoder: dict[str, Any] = {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = VisionTransformer(img_size=img_size, **encoder, num_classes=0)
+        detector = load_module("generic-attention-detr").Detector
+        return roughen(detector(network, classes=5, queries=3, layers=2, heads=2), seed)
 
 
 def training_script(name: str) -> Any:

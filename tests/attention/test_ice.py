@@ -1,6 +1,5 @@
 """ICE: patches that are asked one by one, against loops, and its two losses against the authors' formula."""
 
-import json
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from helpers import (
     layer_norm,
     pictures,
+    read_back,
     relative_error,
     tiny,
     training_script,
@@ -18,7 +18,6 @@ from helpers import (
     twin_tokens,
     weights,
 )
-from safetensors.torch import save_file
 from vitx import catalog, load_module, models
 from vitx.vit import UnsupportedModel
 
@@ -169,10 +168,7 @@ def test_a_head_that_reads_no_single_token_is_refused():
 
 def test_a_file_gives_back_its_model(tmp_path):
     model = ice_model().float()
-    about = {"backbone": json.dumps(BACKBONE), "num_classes": "5"}
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "x.safetensors", about)
-    again = snippet.load_pretrained(tmp_path / "x.safetensors")
-    assert not again.training
+    again = read_back(snippet, model, {"backbone": BACKBONE, "num_classes": 5}, tmp_path)
     x = pictures(tiny(2, img_size=(32, 48))).float()
     assert torch.equal(again(x), model(x))
 

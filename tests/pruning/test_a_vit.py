@@ -1,6 +1,5 @@
 """A-ViT: tokens that halt one by one, against a twin that keeps a list of them; scores that sum to one."""
 
-import json
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from helpers import (
     layer_norm,
     pictures,
+    read_back,
     relative_error,
     roughen,
     tiny,
@@ -18,7 +18,6 @@ from helpers import (
     twin_tokens,
     weights,
 )
-from safetensors.torch import save_file
 from scipy import stats
 from timm.models.vision_transformer import VisionTransformer
 from vitx import catalog, load_module, models
@@ -222,10 +221,8 @@ def test_a_file_gives_back_its_model(tmp_path):
         "img_size": [40, 56],
         "depth": 2,
     }
-    about = {"backbone": json.dumps(backbone), "num_classes": "5", "halting": "[0.8, -1.0]"}
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "x.safetensors", about)
-    again = snippet.load_pretrained(tmp_path / "x.safetensors")
-    assert not again.training
+    about = {"backbone": backbone, "num_classes": 5, "halting": [0.8, -1.0]}
+    again = read_back(snippet, model, about, tmp_path)
     x = pictures(model)
     assert torch.equal(again(x), model(x))
 

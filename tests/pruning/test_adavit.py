@@ -1,7 +1,6 @@
 """AdaViT: decisions and skipping against loops, against a model that computes everything, and against the kit."""
 
 import itertools
-import json
 import math
 from contextlib import ExitStack
 from functools import partial
@@ -10,8 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import layer_norm, pictures, relative_error, roughen, tiny, training_script, twin_tokens, weights
-from safetensors.torch import save_file
+from helpers import (
+    layer_norm,
+    pictures,
+    read_back,
+    relative_error,
+    roughen,
+    tiny,
+    training_script,
+    twin_tokens,
+    weights,
+)
 from scipy.special import erf
 from vitx import catalog, load_module, models
 from vitx.vit import UnsupportedModel, gated_units
@@ -338,10 +346,7 @@ def test_a_model_without_decision_networks_is_refused():
 
 def test_a_file_gives_back_its_model(tmp_path):
     model = adaptive_model().float()
-    about = {"backbone": json.dumps(BACKBONE), "num_classes": "5"}
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "x.safetensors", about)
-    again = snippet.load_pretrained(tmp_path / "x.safetensors")
-    assert not again.training
+    again = read_back(snippet, model, {"backbone": BACKBONE, "num_classes": 5}, tmp_path)
     x = pictures(model)
     assert torch.equal(snippet.explain(again, x).logits, snippet.explain(model, x).logits)
 

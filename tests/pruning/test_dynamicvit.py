@@ -1,6 +1,5 @@
 """DynamicViT: predictors and dropping against loops, and the masked pass of training against real dropping."""
 
-import json
 import math
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from helpers import (
     layer_norm,
     pictures,
+    read_back,
     relative_error,
     roughen,
     tiny,
@@ -19,7 +19,6 @@ from helpers import (
     twin_tokens,
     weights,
 )
-from safetensors.torch import save_file
 from scipy.special import erf
 from vitx import catalog, load_module, models
 from vitx.vit import UnsupportedModel, gumbel_decisions, masked_block
@@ -238,10 +237,7 @@ def test_a_model_without_predictors_is_refused():
 
 def test_a_file_gives_back_its_model(tmp_path):
     model = dynamic_model().float()
-    about = {"backbone": json.dumps(BACKBONE), "num_classes": "5"}
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "x.safetensors", about)
-    again = snippet.load_pretrained(tmp_path / "x.safetensors")
-    assert not again.training
+    again = read_back(snippet, model, {"backbone": BACKBONE, "num_classes": 5}, tmp_path)
     x = pictures(model)
     assert torch.equal(snippet.explain(again, x).logits, snippet.explain(model, x).logits)
 

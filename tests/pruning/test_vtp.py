@@ -1,14 +1,22 @@
 """VTP: a model read through gates in plain loops, the smaller model, and the threshold."""
 
-import json
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import layer_norm, pictures, relative_error, roughen, tiny, training_script, twin_tokens, weights
-from safetensors.torch import save_file
+from helpers import (
+    layer_norm,
+    pictures,
+    read_back,
+    relative_error,
+    roughen,
+    tiny,
+    training_script,
+    twin_tokens,
+    weights,
+)
 from scipy.special import erf
 from torch.func import functional_call
 from vitx import catalog, load_module, models
@@ -145,11 +153,8 @@ def test_a_model_without_scores_is_refused():
 
 def test_a_file_gives_back_its_model(tmp_path):
     model = vtp_model().float()
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(state, tmp_path / "x.safetensors", {"backbone": json.dumps(TINY)})
-    again = snippet.load_pretrained(tmp_path / "x.safetensors")
+    again = read_back(snippet, model, {"backbone": TINY}, tmp_path)
     x = pictures(model)
-    assert not again.training
     assert torch.equal(snippet.explain(again, x).logits, snippet.explain(model, x).logits)
 
 

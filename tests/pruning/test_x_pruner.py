@@ -1,14 +1,22 @@
 """X-Pruner: masks for each class in plain loops, learned thresholds, and a smaller model with the same logits."""
 
-import json
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import layer_norm, pictures, relative_error, roughen, tiny, training_script, twin_tokens, weights
-from safetensors.torch import save_file
+from helpers import (
+    layer_norm,
+    pictures,
+    read_back,
+    relative_error,
+    roughen,
+    tiny,
+    training_script,
+    twin_tokens,
+    weights,
+)
 from scipy.special import erf
 from vitx import catalog, load_module, models
 from vitx.vit import UnsupportedModel, gated_units
@@ -212,10 +220,7 @@ def test_a_stock_model_is_refused():
 
 def test_a_file_gives_back_its_model(tmp_path):
     model = masked().float()
-    about = {"backbone": json.dumps(BACKBONE), "num_classes": "5"}
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "x.safetensors", about)
-    again = snippet.load_pretrained(tmp_path / "x.safetensors")
-    assert not again.training
+    again = read_back(snippet, model, {"backbone": BACKBONE, "num_classes": 5}, tmp_path)
     x = pictures(model)
     assert torch.equal(snippet.explain(again, x).logits, snippet.explain(model, x).logits)
 

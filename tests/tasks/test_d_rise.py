@@ -6,32 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, relative_error, roughen, tiny
+from helpers import pictures, relative_error, tiny, tiny_detector
 from scipy.spatial.distance import cosine
 from skimage.transform import resize
-from timm.models.vision_transformer import VisionTransformer
 from torchvision.ops import box_iou
 from vitx import glyphs, load_module, metrics, models
 from vitx.vit import UnsupportedModel
 
 ID = "d-rise"
 snippet, detectors = load_module(ID), load_module("generic-attention-detr")
-ENCODER: dict[str, Any] = {
-    "img_size": [16, 24], "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2,
-}  # fmt: skip
-DECODER: dict[str, Any] = {"classes": 5, "queries": 3, "layers": 2, "heads": 2}
-
-
-def rough_detector() -> Any:
-    """2 x 3 patches, three queries, five classes."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return roughen(detectors.Detector(VisionTransformer(**ENCODER, num_classes=0), **DECODER))
 
 
 @pytest.fixture(scope="module")
 def model():
-    return rough_detector()
+    return tiny_detector((16, 24))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +93,7 @@ def test_what_lowers_the_similarity():
 
 def test_a_detector_that_does_not_look_gives_a_flat_map(proof):
     """Every pixel is visible with the same probability, so nothing stands out."""
-    model = rough_detector()
+    model = tiny_detector((16, 24))
     with torch.no_grad():
         for layer in model.layers:
             layer.search.out.weight.zero_()
@@ -158,7 +146,7 @@ def test_bad_arguments(model, x, arguments, message):
 def test_what_is_refused(x):
     with pytest.raises(UnsupportedModel, match="VisionTransformer is no detector"):
         snippet.explain(tiny(1), pictures(tiny(1)))
-    spoilt = rough_detector()
+    spoilt = tiny_detector((16, 24))
     with torch.no_grad():
         spoilt.classify.bias[0] = torch.nan
     with pytest.raises(ValueError, match=r"classify\.bias of the model holds NaN"):

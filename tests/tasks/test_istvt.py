@@ -1,13 +1,11 @@
 """Relevance in space and in time: against numpy and loops, by its identities, and against forgeries that are known."""
 
-import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import layer_norm, pictures, relative_error, roughen, tiny, training_script, weights
-from safetensors.torch import save_file
+from helpers import layer_norm, pictures, read_back, relative_error, roughen, tiny, training_script, weights
 from scipy.special import erf, softmax
 from vitx import catalog, glyphs, load_module, models
 from vitx.vit import UnsupportedModel
@@ -283,10 +281,7 @@ def test_what_is_refused():
 
 def test_a_file_gives_back_its_model(tmp_path):
     model = rough_model().float()
-    about = {key: json.dumps(value) for key, value in ARGUMENTS.items()}
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "x.safetensors", about)
-    again = snippet.load_pretrained(tmp_path / "x.safetensors")
-    assert not again.training
+    again = read_back(snippet, model, ARGUMENTS, tmp_path)
     assert again.class_names == ("a", "b", "c")
     assert torch.equal(again(clips().float()), model(clips().float()))
 

@@ -1,15 +1,12 @@
 """The study's maps and measures against loops and closed forms; the model lesion against its card and true masks."""
 
 import copy
-import json
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import vitx
-from helpers import pictures, relative_error, tiny, training_script, twin_forward
-from safetensors.torch import save_file
+from helpers import pictures, read_back, relative_error, tiny, training_script, twin_forward
 from scipy.stats import pearsonr
 from torch import nn
 from vitx import catalog, glyphs, lesions, load_module, models
@@ -197,10 +194,7 @@ def test_what_is_refused():
 def test_a_file_gives_back_its_model(tmp_path):
     backbone = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
     model = tiny(2).float()
-    about = {"backbone": json.dumps(backbone), "class_names": json.dumps(list("abcde"))}
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "x.safetensors", about)
-    again: Any = snippet.load_pretrained(tmp_path / "x.safetensors")
-    assert not again.training
+    again = read_back(snippet, model, {"backbone": backbone, "class_names": list("abcde")}, tmp_path)
     assert again.class_names == tuple("abcde")
     x = pictures(model)
     assert torch.equal(again(x), model(x))

@@ -6,33 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, relative_error, roughen, tiny
+from helpers import pictures, relative_error, tiny, tiny_detector
 from pytorch_grad_cam import HiResCAM
 from scipy.ndimage import gaussian_filter
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from vitx import glyphs, load_module, metrics, models
 from vitx.vit import UnsupportedModel
 
 ID = "odam"
 snippet, detectors = load_module(ID), load_module("generic-attention-detr")
-ENCODER: dict[str, Any] = {
-    "img_size": [24, 32], "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2,
-}  # fmt: skip
-DECODER: dict[str, Any] = {"classes": 5, "queries": 3, "layers": 2, "heads": 2}
 TARGET = torch.tensor([3, 0])
-
-
-def rough_detector() -> Any:
-    """3 x 4 patches, three queries, five classes."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return roughen(detectors.Detector(VisionTransformer(**ENCODER, num_classes=0), **DECODER))
 
 
 @pytest.fixture(scope="module")
 def model():
-    return rough_detector()
+    return tiny_detector((24, 32))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +89,7 @@ def test_pytorch_grad_cam(model, x, proof):
     targets: list[Any] = [
         lambda out, q=int(q), c=int(c): out[q, c] for q, c in zip(found.query, found.label, strict=True)
     ]
-    copy = rough_detector()
+    copy = tiny_detector((24, 32))
     with OnTheGrid(Probabilities(copy), [copy.memory], reshape_transform=on_the_grid) as cam:
         theirs = cam(input_tensor=x, targets=targets)
     low, high = found.relevance.amin((1, 2), keepdim=True), found.relevance.amax((1, 2), keepdim=True)
@@ -149,7 +137,7 @@ def test_bad_arguments(model, x, arguments, message):
 def test_what_is_refused(x):
     with pytest.raises(UnsupportedModel, match="VisionTransformer is no detector"):
         snippet.explain(tiny(1), pictures(tiny(1)))
-    spoilt = rough_detector()
+    spoilt = tiny_detector((24, 32))
     with torch.no_grad():
         spoilt.classify.bias[0] = torch.nan
     with pytest.raises(ValueError, match=r"classify\.bias of the model holds NaN"):
@@ -157,7 +145,7 @@ def test_what_is_refused(x):
 
 
 def test_frozen_weights(model, x):
-    expected, frozen = snippet.explain(model, x), rough_detector().requires_grad_(False)
+    expected, frozen = snippet.explain(model, x), tiny_detector((24, 32)).requires_grad_(False)
     with torch.no_grad():
         assert torch.equal(snippet.explain(frozen, x).relevance, expected.relevance)
     assert not expected.relevance.requires_grad

@@ -1,6 +1,5 @@
 """Keypoints and their dependency areas: against loops, against derivatives, against the true parts."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from helpers import (
     layer_norm,
     pictures,
+    read_back,
     relative_error,
     roughen,
     tiny,
@@ -17,7 +17,6 @@ from helpers import (
     twin_tokens,
     weights,
 )
-from safetensors.torch import save_file
 from scipy import ndimage
 from vitx import catalog, glyphs, load_module, metrics, models
 from vitx.vit import UnsupportedModel, capture
@@ -162,10 +161,7 @@ def test_centres_are_centres_of_mass(proof):
 
 def test_a_file_gives_back_its_model(tmp_path):
     model = rough_model().float()
-    about = {"backbone": json.dumps(BACKBONE), "keypoints": json.dumps(NAMES)}
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "x.safetensors", about)
-    again = snippet.load_pretrained(tmp_path / "x.safetensors")
-    assert not again.training
+    again = read_back(snippet, model, {"backbone": BACKBONE, "keypoints": NAMES}, tmp_path)
     assert again.class_names == NAMES
     assert torch.equal(again(images().float()), model(images().float()))
 

@@ -1,6 +1,5 @@
 """TS-CAM: attention times semantic map, against loops; its box against the true one."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from helpers import (
     layer_norm,
     pictures,
+    read_back,
     relative_error,
     roughen,
     tiny,
@@ -17,7 +17,6 @@ from helpers import (
     twin_tokens,
     weights,
 )
-from safetensors.torch import save_file
 from scipy.signal import correlate
 from vitx import catalog, glyphs, load_module, models
 from vitx.vit import UnsupportedModel
@@ -102,10 +101,7 @@ def test_other_models_are_refused():
 
 def test_a_file_gives_back_its_model(tmp_path):
     model = rough_model().float()
-    about = {"backbone": json.dumps(BACKBONE), "num_classes": "5"}
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "x.safetensors", about)
-    again = snippet.load_pretrained(tmp_path / "x.safetensors")
-    assert not again.training
+    again = read_back(snippet, model, {"backbone": BACKBONE, "num_classes": 5}, tmp_path)
     x = pictures(tiny(2, img_size=(32, 48))).float()
     assert torch.equal(again(x), model(x))
 
