@@ -166,8 +166,10 @@ def load_pretrained(path) -> AdaptiveTokenTransformer:
 #    picture of a batch; here the score is 0 and no picture is left out. As in the code, $\mathcal H$ takes the scores of the
 #    last block as they were before they are set to one. The code also clamps $\mathcal H$, and scales its prior so that the
 #    first eight blocks have 0.98 of it; here the prior sums to one over all blocks.
-# 4. The paper trains DeiT for 100 epochs on ImageNet. The model here is `glyph` after a few hundred steps more, of six blocks,
-#    with $\gamma = 5$, $\beta = -10$ and a ponder loss weighted 40 times as much, since the training is so short.
+# 4. The paper trains DeiT for 100 epochs on ImageNet, by the authors' README with $\gamma = 10$, $\beta = -30$ (tiny) or $-75$
+#    (small), 0.0005 times the ponder loss and 0.001 times the divergence from the prior. The model here is `glyph` after a few
+#    hundred steps more, of six blocks, with $\gamma = 5$, $\beta = -10$, and with 0.02 and 0.1 in the place of these weights,
+#    since the training is so short.
 # 5. Channel 1 of `glyph` told creature from background before the training, because its patches had learned to name
 #    creatures. So the small model cannot show that halting alone finds the object, only what it does with such a channel.
 # 6. `shift` moves $\beta$ after the training, to compare this model at several rates. That is ours.

@@ -67,7 +67,7 @@ class DynamicTransformer(VisionTransformer):
     def __init__(self, stages: tuple[int, ...] | None = None, **options: Any):
         super().__init__(**options)
         depth = len(self.blocks)
-        self.stages = tuple(depth * i // 4 for i in (1, 2, 3)) if stages is None else tuple(stages)
+        self.stages = tuple(sorted({depth * i // 4 for i in (1, 2, 3)}) if stages is None else stages)
         self.predictors = nn.ModuleList(Predictor(self.embed_dim) for _ in self.stages)
 
     def masked_forward(self, images: Tensor, decide: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -267,3 +267,10 @@ def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
         kind="ground truth",
         oracle=oracle,
     )
+
+
+def test_two_blocks_have_two_stages():
+    """Not one of them twice: the second predictor of a block would never be asked."""
+    model = snippet.DynamicTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=3)
+    assert model.stages == (0, 1)
+    assert len(model.predictors) == 2
