@@ -1,7 +1,7 @@
 """Run snippets and comparisons once, and again only when something that they use has changed.
 
-A result's key is a hash of all that it depends on: the script, the kit modules that it imports (and those they import),
-the catalogue entry, the checkpoints, the library versions. Finding out that nothing has changed needs no torch.
+A result's key is a hash of all that it depends on: the script, what it uses of the kit (and what that uses), the
+catalogue entry, the checkpoints, the library versions. Finding out that nothing has changed needs no torch.
 """
 
 import ast
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.progress import Progress
 
@@ -40,31 +40,104 @@ class ExecutionError(RuntimeError):
 # --- keys ----------------------------------------------------------------------------------------------------------
 
 
-def kit_modules(source: str) -> set[str]:
-    """Names of the kit's modules that a Python source imports, directly or through others."""
-    found: set[str] = set()
-    queue = [source]
+class _Piece(NamedTuple):
+    """A statement of a kit module, and what it uses of the kit."""
+
+    text: str
+    uses: set[tuple[str, str]]  # (module, name in it); an empty name is the whole module
+
+
+def kit_pieces(source: str) -> dict[tuple[str, str], str]:
+    """What a Python source uses of the kit, directly or through other pieces: their texts, by module and name.
+
+    A piece is a top-level statement. Thus a new function in the adapter makes no result stale that never calls it.
+    """
+    found: dict[tuple[str, str], str] = {}
+    read: dict[str, dict[str, list[_Piece]]] = {}
+    tree = ast.parse(source)
+    queue = list(_uses(tree, "", _kit_imports(tree), unused=True))
     while queue:
-        for name in _imports(queue.pop()) - found:
-            found.add(name)
-            queue.append((KIT / f"{name}.py").read_text())
+        module, name = queue.pop()
+        if module not in read:
+            read[module] = _pieces(module, (KIT / f"{module}.py").read_text())
+        pieces = read[module]
+        if not name:  # the whole module
+            queue += [(module, every) for every in pieces]
+        elif (module, name) not in found and name in pieces:
+            found[module, name] = "\n".join(piece.text for piece in pieces[name])
+            queue += [used for piece in pieces[name] for used in piece.uses] + [(module, "*")]
     return found
 
 
-def _imports(source: str) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "vitx":
-            names |= {alias.name for alias in node.names} | {"__init__"}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vitx."):
-            names |= {str(node.module).split(".")[1], "__init__"}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("vitx.")}
-    return {name for name in names if (KIT / f"{name}.py").is_file()}
+@functools.lru_cache(maxsize=100)
+def _pieces(module: str, source: str) -> dict[str, list[_Piece]]:
+    """The statements of a module by the names that they bind; those that bind none, and are always run, as "*"."""
+    tree, pieces = ast.parse(source), {}
+    imports = _kit_imports(tree)
+    for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            names = [statement.name]
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            names = [n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            continue  # counts where a name that it brings is used
+        else:
+            names = ["*"]
+        text = ast.get_source_segment(source, statement) or ""
+        decorators = [ast.unparse(node) for node in getattr(statement, "decorator_list", [])]
+        piece = _Piece("\n".join([*decorators, text]), _uses(statement, module, imports))
+        for name in names or ["*"]:
+            pieces.setdefault(name, []).append(piece)
+    return pieces
+
+
+def _kit_imports(node: ast.AST) -> dict[str, tuple[str, str]]:
+    """Local names that the imports in a node bind to the kit: (module, name in it), with no name for a whole module."""
+    names: dict[str, tuple[str, str]] = {}
+    for one in ast.walk(node):
+        if isinstance(one, ast.ImportFrom) and one.module == "vitx":
+            for alias in one.names:
+                module = (KIT / f"{alias.name}.py").is_file()
+                names[alias.asname or alias.name] = (alias.name, "") if module else ("__init__", alias.name)
+        elif isinstance(one, ast.ImportFrom) and (one.module or "").startswith("vitx."):
+            module = str(one.module).split(".")[1]
+            names |= {alias.asname or alias.name: (module, alias.name) for alias in one.names}
+        elif isinstance(one, ast.Import) and any(alias.name.split(".")[0] == "vitx" for alias in one.names):
+            names["vitx"] = ("__init__", "")
+            names |= {a.name: (a.name.split(".")[1], "") for a in one.names if a.name.startswith("vitx.")}
+    return names
+
+
+def _uses(
+    node: ast.AST, module: str, imports: dict[str, tuple[str, str]], unused: bool = False
+) -> set[tuple[str, str]]:
+    """What a node uses of the kit: names of its own module, imported ones, and attributes of imported modules.
+
+    ``unused``: count imports that nothing in the node uses, too; a module of which no attribute is named counts whole.
+    """
+    imports = imports | _kit_imports(node)
+    uses: set[tuple[str, str]] = set()
+    named, attributes = set(), set()
+    for one in ast.walk(node):
+        if (
+            isinstance(one, ast.Attribute)
+            and isinstance(one.value, ast.Name)
+            and imports.get(one.value.id, ("", "."))[1] == ""
+        ):
+            uses.add((imports[one.value.id][0], one.attr))
+            attributes.add(id(one.value))
+            named.add(one.value.id)
+    for one in ast.walk(node):
+        if isinstance(one, ast.Name) and id(one) not in attributes:
+            named.add(one.id)
+            uses.add(imports.get(one.id, (module, one.id)))
+    if unused:
+        uses |= {target for name, target in imports.items() if name not in named}
+    return {(where, name) for where, name in uses if where}
 
 
 def key(*parts: str | Path, source: str = "") -> str:
-    """Hash of texts, files, the kit modules that ``source`` imports, checkpoints and the library versions.
+    """Hash of texts, files, what ``source`` uses of the kit, checkpoints and the library versions.
 
     The checkpoints are those of glyph and photo, which every figure shows, and those that a text or file names.
     """
@@ -74,9 +147,9 @@ def key(*parts: str | Path, source: str = "") -> str:
         for path in sorted((ATLAS / "snippets" / "models").glob("*.safetensors"))
         if path.stem in ("glyph", "photo_head") or path.stem in said
     ]
-    modules = [KIT / f"{name}.py" for name in sorted(kit_modules(source))]
+    kit = [f"{module}.{name}\n{text}" for (module, name), text in sorted(kit_pieces(source).items())]
     digest = hashlib.sha256(f"{platform.python_version()} {_versions()}".encode())
-    for part in [*parts, source, *modules, *checkpoints]:
+    for part in [*parts, source, *kit, *checkpoints]:
         content = _digest(part, part.stat().st_mtime_ns) if isinstance(part, Path) else part.encode()
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:16]

@@ -2,15 +2,10 @@
 
 import json
 import shutil
+import sys
 
 import pytest
-from vitx import ATLAS, catalog, execute
-
-
-def test_imports_are_followed():
-    assert execute.kit_modules("from vitx.vit import check") == {"__init__", "vit", "catalog", "schema"}
-    assert {"demo", "plot", "models", "images", "glyphs", "vit"} <= execute.kit_modules("from vitx import demo")
-    assert execute.kit_modules("import torch") == set()
+from vitx import ATLAS, catalog, execute, glyphs, load, models, vit
 
 
 @pytest.fixture
@@ -22,6 +17,53 @@ def copy(tmp_path, monkeypatch):
     monkeypatch.setattr(execute, "KIT", tmp_path / "snippets" / "vitx")
     monkeypatch.setattr(execute, "CACHE", tmp_path / ".cache")
     return tmp_path
+
+
+def test_what_a_source_uses_of_the_kit(copy):
+    kit = copy / "snippets" / "vitx"
+    (kit / "one.py").write_text(
+        "from vitx import two\nfrom vitx.two import deep as far\nLIMIT = 3\n"
+        "def near():\n    return LIMIT\n"
+        "def other():\n    return far() + two.shallow()\n"
+        "def late():\n    from vitx import two as second\n    return second\n"
+    )
+    (kit / "two.py").write_text(
+        "import math\nprint('always')\ndef deep():\n    return shallow()\n"
+        "def shallow():\n    return math.pi\ndef free():\n    pass\n"
+    )
+
+    def used(source: str) -> set[str]:
+        return {f"{module}.{name}" for module, name in execute.kit_pieces(source)}
+
+    assert used("from vitx.one import near") == {"one.near", "one.LIMIT"}
+    assert used("from vitx import one\none.other()") == {"one.other", "two.*", "two.deep", "two.shallow"}
+    assert used("from vitx import two\ntwo.free") == {"two.*", "two.free"}
+    whole = {"two.*", "two.deep", "two.shallow", "two.free"}
+    assert used("from vitx import two") == whole, "nothing of it is named: all of it counts"
+    assert used("from vitx import two\nf(two)") == whole
+    assert used("from vitx.one import late") == {"one.late"} | whole
+    assert used("import torch") == set()
+
+
+@pytest.mark.parametrize("id", ["attention-rollout", "grad-cam", "transformer-attribution", "occlusion", "dynamicvit"])
+def test_no_function_that_runs_is_missed(id):
+    """Against what Python calls while the method runs."""
+    called: set[str] = set()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename == vit.__file__:
+            called.add(frame.f_code.co_qualname.split(".")[0])
+
+    entry = catalog.load().methods[id]
+    loaded = models.load(entry.model or "glyph").model
+    sys.setprofile(note)
+    try:
+        load(id)(loaded, glyphs.normalise(glyphs.scenes(1, seed=7).images))
+    finally:
+        sys.setprofile(None)
+    pieces = execute.kit_pieces((ATLAS / str(entry.snippet)).read_text())
+    assert called
+    assert called <= {name for module, name in pieces if module == "vit"} | {"<module>"}
 
 
 def keys() -> dict[str, str]:
@@ -47,8 +89,14 @@ def test_what_changes_a_key(copy):
     assert changed(before) == {"grad-cam"}
     append(copy / "catalog" / "methods" / "attention" / "raw-attention.yml")
     assert changed(before) == {"grad-cam", "raw-attention"}
-    append(copy / "snippets" / "vitx" / "vit.py")  # every snippet uses the adapter
-    assert changed(before) == set(before)
+    before, adapter = keys(), copy / "snippets" / "vitx" / "vit.py"
+    append(adapter)
+    adapter.write_text(adapter.read_text() + "\n\ndef unused():\n    pass\n")
+    assert changed(before) == set()
+    adapter.write_text(adapter.read_text().replace("def random_masks(", "def random_masks(  # changed\n", 1))
+    assert changed(before) == {"rise", "d-rise"}
+    adapter.write_text(adapter.read_text().replace("def check(", "def check(  # changed\n", 1))
+    assert changed(before) == set(before), "every snippet checks its input"
 
 
 def test_a_checkpoint_and_a_library_change_every_key(copy, monkeypatch):
