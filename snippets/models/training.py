@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
+from torch.nn.functional import cosine_similarity, kl_div
 from vitx import ATLAS, cache_dir, cost, glyphs
 from vitx.schema import ModelCard
 from vitx.vit import gumbel_decisions
@@ -42,6 +42,7 @@ GRID = 14  # patches along each side of a full scene
 SCENES = 2_000_000  # scenes to train on have seeds from here on
 UNSEEN = 900_000  # ... and to measure on, this one and the next
 AVERAGE = 0.995  # decay of the average of the weights
+HALF = BACKBONE["depth"] // 2  # blocks after which students' tokens are compared with those of glyph for the first time
 DISTILLATION, RATIO = 0.5, 2.0  # DynamicViT's weights of both losses against the teacher, and of the ratio loss
 
 
@@ -260,6 +261,26 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return -label_scores(logits.float(), labels).mean()
 
 
+@torch.no_grad()
+def lessons(network: VisionTransformer, images: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """What the teacher's patch tokens hold half-way and at the end, (B, n, D) each, each channel centred."""
+    assert network.cls_token is not None
+    assert network.pos_embed is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        x = network.patch_embed.proj(images).flatten(2).transpose(1, 2) + network.pos_embed[0, 1:][where]
+        x = torch.cat([(network.cls_token + network.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
+        middle = network.blocks[:HALF](x)
+        end = network.norm(network.blocks[HALF:](middle))
+    pair = (tokens[:, 1:].float() for tokens in (middle, end))
+    first, last = (tokens - tokens.mean((0, 1)) for tokens in pair)  # the mean says nothing about a patch
+    return first, last
+
+
+def unlike(tokens: Tensor, lesson: Tensor) -> Tensor:
+    """1 less the cosine between tokens and lesson, on the average."""
+    return 1 - cosine_similarity(tokens.float(), lesson, dim=-1).mean()
+
+
 def teaching(teacher: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Final tokens (B, N, D) and log-probabilities (B, classes) of the teacher."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -358,6 +379,37 @@ def measure_token_pruning(run: Callable[..., Any], settings: dict[str, dict[str,
                         precision, recall = shared / alive.sum((1, 2)).clamp(min=1), shared / inside.sum((1, 2))
                         shares = {"tokens": alive.mean((1, 2)), "precision": precision, "recall": recall}
                         gather(values, **{f"{key}_{name}": value for key, value in shares.items()})
+    return means(values)
+
+
+@torch.no_grad()
+def measure_evidence(model: Any, maps: Callable[..., Tensor], count: int, seed: int) -> dict[str, float]:
+    """Metrics on unseen scenes: accuracy beside the model glyph's, and where the positive part of the maps lies.
+
+    Args:
+        maps: model, images and labels to relevance (B, 14, 14).
+        count: of scenes with one creature, and of scenes with two. seed: of the scenes; the next one draws the pairs.
+    """
+    plain, values = plain_attention(classifier()), {}
+    for start in range(0, count, 100):
+        for creatures in (1, 2):
+            scenes = glyphs.scenes(min(100, count - start), seed + creatures - 1, creatures, start=start)
+            images, labels = glyphs.normalise(scenes.images), scenes.labels[:, :creatures]
+            found = {}
+            for prefix, network in (("", model), ("glyph_", plain)):
+                accuracy = prefix + ("top1" if creatures == 1 else "both_of_two")
+                found[accuracy] = right(network(images), labels)
+            share = glyphs.patch_fraction(scenes.object_masks[:, :creatures], (GRID, GRID))  # (B, C, 14, 14)
+            relevance = maps(model, images, labels[:, 0]).clamp(min=0)
+            inside = (relevance[:, None] * share).sum((2, 3))  # (B, C)
+            if creatures == 1:
+                found["evidence_inside"] = inside[:, 0] / relevance.sum((1, 2)).clamp(min=1e-12)
+                found["evidence_inside_chance"] = share[:, 0].mean((1, 2))
+                strongest = relevance.flatten(1).argmax(1, keepdim=True)
+                found["pointing_game"] = share[:, 0].flatten(1).gather(1, strongest)[:, 0] > 0
+            else:
+                found["evidence_on_the_named_of_two"] = inside[:, 0] / inside.sum(1).clamp(min=1e-12)
+            gather(values, **found)
     return means(values)
 
 

@@ -5,6 +5,7 @@ map with both signs runs symmetrically about 0, red for and blue against.
 """
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
+
+from vitx import glyphs
 
 CELL = 1.75  # inches, side of one picture in a grid
 
@@ -81,13 +85,16 @@ def explanation(result: Any, picture: np.ndarray, title: str = "", row: int = 0)
     """The figure of one result of ``explain``, whatever its output: the picture, then what the method says of it.
 
     Args:
-        result: a heat map (B, gh, gw), a NamedTuple with ``.heatmap()``, or ``vitx.vit.Units``.
+        result: a heat map (B, gh, gw), ``vitx.vit.Units``, or a NamedTuple with ``.heatmap()`` and perhaps
+            ``.likenesses(row)``.
         picture: (H, W, 3) in [0, 1]. title: of the map. row: which picture of the batch.
     """
     if isinstance(result, Tensor):
         return grid([[Cell(picture, None), Cell(picture, result[row], title)]], cell=3)
     if hasattr(result, "kept"):
         return units(result, row)
+    if hasattr(result, "likenesses"):
+        return prototypes(result, [picture], [title], row)
     cells = [Cell(picture, None), Cell(picture, result.heatmap()[row], title)]
     if hasattr(result, "words"):  # image and text: the words as bars beside the map
         return _with_words(cells, result.words[row], result.text[row])
@@ -130,6 +137,43 @@ def units(result: Any, row: int = 0) -> Figure:
         axes.set_xticks([])
         axes.tick_params(labelsize=7, length=0)
     return figure
+
+
+def prototypes(result: Any, pictures: Sequence[np.ndarray], titles: Sequence[str], first: int = 0) -> Figure:
+    """For each picture its map and the prototypes looked for in it, over the training scenes that these come from.
+
+    Args:
+        result: with ``.heatmap()`` and ``.likenesses(row)``, a list of ``vitx.vit.Likeness``.
+        pictures: (H, W, 3) in [0, 1], those of the rows from ``first`` on. titles: one for each.
+    """
+    maps = result.heatmap()
+    found = [result.likenesses(first + row) for row in range(len(pictures))]
+    columns = 1 + max(len(row) for row in found)
+    figure = Figure(figsize=(2.1 * columns, 4.8 * len(pictures)), layout="constrained")
+    axes = figure.subplots(2 * len(pictures), columns, squeeze=False)
+    for place in axes.flat:
+        place.axis("off")
+    for row, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        above, below = axes[2 * row], axes[2 * row + 1]
+        overlay(above[0], picture, None, title)
+        overlay(below[0], picture, maps[first + row], "where")
+        for column, one in enumerate(found[row], 1):
+            seed, index, *source = one.source
+            overlay(above[column], picture, None, one.title)
+            boxes(above[column], picture, one.patches, tuple(maps.shape[1:]))
+            scene = glyphs.scenes(1, seed, start=index).images[0].permute(1, 2, 0).numpy()
+            overlay(below[column], scene, None, one.relation)
+            boxes(below[column], scene, source, tuple(maps.shape[1:]))
+    return figure
+
+
+def boxes(axes: Axes, picture: np.ndarray, patches: Sequence[int], shape: tuple[int, ...]) -> None:
+    """Outline patches of a picture (H, W, 3), numbered row by row in a grid of the given shape, each in a colour."""
+    height, width = picture.shape[0] / shape[0], picture.shape[1] / shape[1]
+    for patch, colour in zip(patches, itertools.cycle(("#e4002b", "#0072b2", "#f0e442", "#009e73"))):
+        y, x = divmod(patch, shape[1])
+        box = Rectangle((x * width, y * height), width, height, fill=False, edgecolor=colour, linewidth=1.8)
+        axes.add_patch(box)
 
 
 def _with_words(cells: list[Cell], words: Sequence[str], relevance: Tensor) -> Figure:

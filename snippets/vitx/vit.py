@@ -534,6 +534,15 @@ class Units(NamedTuple):
     logits: Tensor  # (B, classes) of the pruned model
 
 
+class Likeness(NamedTuple):
+    """A prototype that was looked for in a picture, and the training scene that it comes from, for ``vitx.plot``."""
+
+    title: str
+    patches: list[int]  # of the picture, row by row from 0, that are most like it
+    relation: str  # what joins the two: "is like that"
+    source: list[int]  # of the scene of the glyph world: seed, index, and the patches that the prototype is
+
+
 def masked_block(block: nn.Module, tokens: Tensor, kept: Tensor) -> Tensor:
     """A block in which tokens (B, N, D) attend to themselves and to kept ones only; differentiable in kept (B, N).
 

@@ -1,10 +1,14 @@
 """Pictures of explanations hold what the results say."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from vitx import plot
-from vitx.vit import Selection, Units
+from matplotlib.patches import Rectangle
+from torch import Tensor
+from vitx import glyphs, plot
+from vitx.vit import Likeness, Selection, Units
 
 
 def shades(axes) -> np.ndarray:
@@ -74,3 +78,27 @@ def test_a_selection_shows_each_change():
     hidden = np.asarray(figure.axes[3].images[0].get_array())  # after block 2
     assert (hidden[:14, :14] > 0.8).all()
     assert (hidden[14:] == 0.5).all()
+
+
+def test_prototypes_stand_over_the_scene_that_they_come_from():
+    class Found(NamedTuple):
+        map: Tensor
+
+        def heatmap(self) -> Tensor:
+            return self.map
+
+        def likenesses(self, row: int) -> list[Likeness]:
+            return [Likeness("+1.00", [15, 30], "is like that", [9, row, 100])]
+
+    pictures = [PICTURE, PICTURE]
+    figure = plot.prototypes(Found(torch.rand(2, 14, 14)), pictures, ["first", "second"])
+    assert titles(figure) == ["first", "+1.00", "where", "is like that", "second", "+1.00", "where", "is like that"]
+    here, there = figure.axes[5], figure.axes[7]  # of the second picture
+
+    def corners(axes) -> list[tuple[float, float]]:
+        return [box.get_xy() for box in axes.patches if isinstance(box, Rectangle)]
+
+    assert corners(here) == [(2, 2), (4, 4)]  # patches 15 and 30 of 14 x 14, two pixels each
+    assert corners(there) == [(16, 56)]  # patch 100: row 7, column 2, of eight pixels
+    scene = glyphs.scenes(1, 9, start=1).images[0].permute(1, 2, 0).numpy()
+    assert np.allclose(np.asarray(there.images[0].get_array()), scene)
