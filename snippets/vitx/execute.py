@@ -11,8 +11,9 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +23,6 @@ from vitx import ATLAS, catalog
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
 
     from vitx.schema import Method
 
@@ -262,6 +262,7 @@ def figures() -> dict[str, Path]:
     for family in dict.fromkeys(entry.family for entry in entries):
         members = [entry.id for entry in entries if entry.family == family]
         wanted[f"compare-{family}"] = (("photo", "glyph"), members)
+    _store_maps([(id, world) for worlds, ids in wanted.values() for world in worlds for id in ids])
     result = {}
     draw_source = (KIT / "compare.py").read_text()
     for name, (worlds, ids) in wanted.items():
@@ -269,18 +270,14 @@ def figures() -> dict[str, Path]:
         identity = key(*worlds, *files, source=draw_source)
         path = CACHE / "figures" / f"{name}-{identity}.jpg"
         if not path.is_file():
+            from safetensors.torch import load_file
+
             from vitx import compare, plot
 
-            maps: list[dict[str, Tensor]] = [{} for _ in worlds]
-            with Progress() as progress:
-                task = progress.add_task(f"figure {name}", total=len(files))
-                for world, of_world in zip(worlds, maps, strict=True):
-                    for id in ids:
-                        of_world[id] = _maps(id, world)
-                        progress.advance(task)
-                single = compare.photographs if worlds == ("photo",) else compare.scenes
-                draw: Callable[..., Figure] = single if len(worlds) == 1 else compare.family
-                figure = draw(*maps)
+            maps = [{id: load_file(maps_file(id, world))["maps"] for id in ids} for world in worlds]
+            single = compare.photographs if worlds == ("photo",) else compare.scenes
+            draw: Callable[..., Figure] = single if len(worlds) == 1 else compare.family
+            figure = draw(*maps)
             _keep(path, plot.encode(figure, "jpeg"), f"{name}-{'?' * 16}.jpg")
         result[name] = path
     return result
@@ -302,16 +299,36 @@ def maps_file(id: str, world: str) -> Path:
     return CACHE / "maps" / f"{id}-{world}-{identity}.safetensors"
 
 
-def _maps(id: str, world: str) -> "Tensor":
-    from safetensors.torch import load_file, save
+def _store_maps(wanted: list[tuple[str, str]]) -> None:
+    """Compute the maps, (id, world) each, that are not kept yet, in several processes: most use one core well."""
+    missing = list(dict.fromkeys(pair for pair in wanted if not maps_file(*pair).is_file()))
+    if not missing:
+        return
+    workers = min(WORKERS, len(missing))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with (
+        Progress() as progress,
+        ProcessPoolExecutor(workers, get_context("spawn"), _use_threads, (threads,)) as pool,
+    ):
+        task = progress.add_task(f"maps of {len(missing)} methods and worlds", total=len(missing))
+        for done in as_completed([pool.submit(_store_map, *pair) for pair in missing]):
+            done.result()
+            progress.advance(task)
+
+
+def _use_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def _store_map(id: str, world: str) -> None:
+    from safetensors.torch import save
 
     from vitx import compare
 
-    path = maps_file(id, world)
-    if not path.is_file():
-        maps = compare.photograph_maps(id) if world == "photo" else compare.scene_maps(id)
-        _keep(path, save({"maps": maps.contiguous()}), f"{id}-{world}-{'?' * 16}.safetensors")
-    return load_file(path)["maps"]
+    maps = compare.photograph_maps(id) if world == "photo" else compare.scene_maps(id)
+    _keep(maps_file(id, world), save({"maps": maps.contiguous()}), f"{id}-{world}-{'?' * 16}.safetensors")
 
 
 if __name__ == "__main__":  # make figures: all of them, and a copy of the first for the README
