@@ -57,6 +57,7 @@ def few_threads() -> None:
     torch.set_num_threads(1)  # the suite runs on all cores by processes
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name == "site":
