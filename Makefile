@@ -18,11 +18,11 @@ serve: $(READY)
 test: $(READY) lint
 	@$(BIN)/python .ci/browser.py
 	$(BIN)/vitx check
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest --numprocesses 2
 
 # The numbers on the method pages: the suite once more, writing what it measured.
 proofs: $(READY)
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --write-proofs
+	$(BIN)/pytest --numprocesses 2 --write-proofs
 
 # All figures from the methods as they are now, and the README's picture from one of them.
 figures: $(READY)
