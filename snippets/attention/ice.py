@@ -16,15 +16,13 @@
 # Catalogue entry: `ice`.
 
 # %%
-import json
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, check, grid, require_finite, target_classes
+from vitx.vit import UnsupportedModel, check, grid, require_finite, stored, target_classes
 
 
 class IceTransformer(VisionTransformer):
@@ -122,10 +120,8 @@ def patch_scores(model: VisionTransformer, patches: Tensor) -> Tensor:
 
 def load_pretrained(path) -> IceTransformer:
     """The model in a safetensors file, in eval mode; its metadata names the backbone's arguments and the classes."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    model = IceTransformer(int(metadata["num_classes"]), **json.loads(metadata["backbone"]))
+    metadata, weights = stored(path)
+    model = IceTransformer(metadata["num_classes"], **metadata["backbone"])
     model.load_state_dict(weights)
     return model.eval()
 

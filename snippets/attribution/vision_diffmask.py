@@ -21,7 +21,7 @@ import math
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, capture, check, logits_of_tokens, require_finite, target_classes, to_grid
+from vitx.vit import UnsupportedModel, capture, check, logits_of_tokens, require_finite, stored, target_classes, to_grid
 
 TEMPERATURE = 0.2  # of the binary concrete distribution
 LOW, HIGH = -0.2, 1.0  # to which it is stretched before it is clipped to [0, 1]; exact ones have probability 0
@@ -117,15 +117,11 @@ def explain(model: VisionDiffMask, images: Tensor, target: Tensor | None = None,
 
 def load_pretrained(path) -> VisionDiffMask:
     """The gates in a safetensors file over the classifier in glyph.safetensors beside it, in eval mode."""
-    import json
 
-    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    backbone = VisionTransformer(**json.loads(metadata["backbone"]), num_classes=int(metadata["num_classes"]))
+    metadata, weights = stored(path)
+    backbone = VisionTransformer(**metadata["backbone"], num_classes=metadata["num_classes"])
     backbone.load_state_dict(load_file(path.with_name("glyph.safetensors")))
     model = VisionDiffMask(backbone)
     kept = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}

@@ -18,13 +18,12 @@
 # The step on the right makes the values add up exactly, in training and in use. Catalogue entry: `vit-shapley`.
 
 # %%
-import json
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, check, embed, logits_of_tokens, target_classes, to_grid
+from vitx.vit import UnsupportedModel, check, embed, logits_of_tokens, stored, target_classes, to_grid
 
 
 class ShapleyTransformer(nn.Module):
@@ -102,15 +101,12 @@ def explain(model: ShapleyTransformer, images: Tensor, target: Tensor | None = N
 
 def load_pretrained(path) -> ShapleyTransformer:
     """The model in a safetensors file, in eval mode and float32: its metadata names the networks' arguments."""
-    from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    network, classes = json.loads(metadata["network"]), json.loads(metadata["num_classes"])
+    metadata, weights = stored(path)
+    network, classes = metadata["network"], metadata["num_classes"]
     surrogate = VisionTransformer(**network, num_classes=classes)
     backbone = VisionTransformer(**network, num_classes=0)
-    model = ShapleyTransformer(surrogate, backbone, json.loads(metadata["hidden"]))
+    model = ShapleyTransformer(surrogate, backbone, metadata["hidden"])
     model.load_state_dict(weights)  # half precision in the file
     return model.eval()
 

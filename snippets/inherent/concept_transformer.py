@@ -13,13 +13,12 @@
 # concepts $H$: $L = L_\text{cls} + \lambda\,\lVert \alpha - H \rVert_F^2$. Catalogue entry: `concept-transformer`.
 
 # %%
-import json
 from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, check, grid, require_finite, target_scores
+from vitx.vit import UnsupportedModel, check, grid, require_finite, stored, target_scores
 
 
 class ConceptTransformer(nn.Module):
@@ -120,13 +119,10 @@ def explain(model: ConceptTransformer, images: Tensor, target: Tensor | None = N
 
 def load_pretrained(path) -> ConceptTransformer:
     """The model in a safetensors file, in eval mode: its metadata names the backbone's arguments, concepts and classes."""
-    from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    backbone = VisionTransformer(**json.loads(metadata["backbone"]), num_classes=0)
-    model = ConceptTransformer(backbone, tuple(json.loads(metadata["concepts"])), int(metadata["num_classes"]))
+    metadata, weights = stored(path)
+    backbone = VisionTransformer(**metadata["backbone"], num_classes=0)
+    model = ConceptTransformer(backbone, tuple(metadata["concepts"]), metadata["num_classes"])
     model.load_state_dict(weights)
     return model.eval()
 

@@ -16,15 +16,13 @@
 # their mean is the map. Catalogue entry: `intr`.
 
 # %%
-import json
 import math
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, check, grid, require_finite, target_classes
+from vitx.vit import UnsupportedModel, check, grid, require_finite, stored, target_classes
 
 
 class Attend(nn.Module):
@@ -141,9 +139,7 @@ def explain(model: INTR, images: Tensor, target: Tensor | None = None, *, layer:
 
 def load_pretrained(path) -> INTR:
     """The model in a safetensors file, in eval mode; its metadata names the arguments of backbone and decoder."""
-    with safe_open(path, framework="pt") as file:
-        about = {key: json.loads(value) for key, value in file.metadata().items()}
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    about, weights = stored(path)
     model = INTR(VisionTransformer(**about["backbone"], num_classes=0), **about["decoder"])
     model.load_state_dict(weights)
     return model.eval()

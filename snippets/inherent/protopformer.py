@@ -14,11 +14,9 @@
 # class apart from each other. Catalogue entry: `protopformer`.
 
 # %%
-import json
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from vitx.vit import (
@@ -30,6 +28,7 @@ from vitx.vit import (
     grid,
     keep_tokens,
     require_finite,
+    stored,
     target_classes,
 )
 
@@ -194,9 +193,7 @@ def explain(model: ProtoPFormer, images: Tensor, target: Tensor | None = None) -
 
 def load_pretrained(path) -> ProtoPFormer:
     """The model in a safetensors file, in eval mode; its metadata names the arguments and the prototypes' sources."""
-    with safe_open(path, framework="pt") as file:
-        about = {key: json.loads(value) for key, value in file.metadata().items()}
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    about, weights = stored(path)
     model = ProtoPFormer(VisionTransformer(**about["backbone"], num_classes=0), **about["head"])
     model.load_state_dict(weights)
     model.local_sources = torch.tensor(about["local_sources"])

@@ -12,15 +12,13 @@
 # every patch. Catalogue entry: `a-vit`.
 
 # %%
-import json
 import math
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from vitx.vit import UnsupportedModel, check, embed, grid, require_finite
+from vitx.vit import UnsupportedModel, check, embed, grid, require_finite, stored
 
 
 class AdaptiveTokenTransformer(VisionTransformer):
@@ -146,11 +144,9 @@ def explain(
 
 def load_pretrained(path) -> AdaptiveTokenTransformer:
     """The model in a safetensors file, in eval mode; its metadata holds the arguments of the class."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    options = json.loads(metadata["backbone"]) | {"num_classes": int(metadata["num_classes"])}
-    model = AdaptiveTokenTransformer(*json.loads(metadata["halting"]), **options)
+    metadata, weights = stored(path)
+    options = metadata["backbone"] | {"num_classes": metadata["num_classes"]}
+    model = AdaptiveTokenTransformer(*metadata["halting"], **options)
     model.load_state_dict(weights)
     return model.eval()
 

@@ -17,16 +17,14 @@
 # the mean use of patches, heads and sublayers to a budget. Catalogue entry: `adavit`, not to be taken for `a-vit`.
 
 # %%
-import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, check, embed, grid, require_finite
+from vitx.vit import UnsupportedModel, check, embed, grid, require_finite, stored
 
 
 class DecisionNetwork(nn.Module):
@@ -234,10 +232,8 @@ def feed_forward(block: Any, x: Tensor, used: Tensor) -> Tensor:
 
 def load_pretrained(path) -> AdaptiveTransformer:
     """The model in a safetensors file, in eval mode; its metadata names the backbone's arguments and the classes."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    model = AdaptiveTransformer(num_classes=int(metadata["num_classes"]), **json.loads(metadata["backbone"]))
+    metadata, weights = stored(path)
+    model = AdaptiveTransformer(num_classes=metadata["num_classes"], **metadata["backbone"])
     model.load_state_dict(weights)
     return model.eval()
 

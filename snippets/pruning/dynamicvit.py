@@ -16,16 +16,14 @@
 # gone. Catalogue entry: `dynamicvit`.
 
 # %%
-import json
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import Selection, UnsupportedModel, check, embed, grid, keep_tokens, masked_block, require_finite
+from vitx.vit import Selection, UnsupportedModel, check, embed, grid, keep_tokens, masked_block, require_finite, stored
 
 
 class Predictor(nn.Module):
@@ -147,10 +145,8 @@ def explain(
 
 def load_pretrained(path) -> DynamicTransformer:
     """The model in a safetensors file, in eval mode; its metadata names the backbone's arguments and the classes."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    model = DynamicTransformer(num_classes=int(metadata["num_classes"]), **json.loads(metadata["backbone"]))
+    metadata, weights = stored(path)
+    model = DynamicTransformer(num_classes=metadata["num_classes"], **metadata["backbone"])
     model.load_state_dict(weights)
     return model.eval()
 

@@ -14,16 +14,14 @@
 # The masks show where the pictures of a data set hold what the model needs. Catalogue entry: `patch-slimming`.
 
 # %%
-import json
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
-from vitx.vit import Selection, UnsupportedModel, check, embed, grid, plain_blocks, require_finite
+from vitx.vit import Selection, UnsupportedModel, check, embed, grid, plain_blocks, require_finite, stored
 
 
 class SlimTransformer(VisionTransformer):
@@ -199,13 +197,11 @@ def scores(blocks: list[Any], z: Tensor, masks: Tensor, prefix: int) -> Tensor:
 
 def load_pretrained(path) -> SlimTransformer:
     """The model in a safetensors file, in eval mode; its metadata holds the arguments and the masks."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    tolerances, classes = json.loads(metadata["tolerances"]), json.loads(metadata["num_classes"])
-    model = SlimTransformer(tolerances, num_classes=classes, **json.loads(metadata["backbone"]))
+    metadata, weights = stored(path)
+    tolerances, classes = metadata["tolerances"], metadata["num_classes"]
+    model = SlimTransformer(tolerances, num_classes=classes, **metadata["backbone"])
     model.load_state_dict(weights)
-    for index, layers in enumerate(json.loads(metadata["kept"])):
+    for index, layers in enumerate(metadata["kept"]):
         for layer, patches in enumerate(layers):
             model.masks[index, layer, patches] = True
     return model.eval()

@@ -14,12 +14,10 @@
 # What has survived many such tests is what the model found worth keeping. Catalogue entry: `svite`.
 
 # %%
-import json
 import math
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from vitx.vit import (
@@ -29,6 +27,7 @@ from vitx.vit import (
     check,
     plain_blocks,
     require_finite,
+    stored,
     target_classes,
     without_units,
 )
@@ -175,10 +174,8 @@ def prune(model: Any, keep_rate: float = 1.0) -> VisionTransformer:
 
 def load_pretrained(path) -> SviteTransformer:
     """The model in a safetensors file, in eval mode."""
-    with safe_open(path, framework="pt") as file:
-        about = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    model = SviteTransformer(**json.loads(about["backbone"]), num_classes=int(about["num_classes"]))
+    about, weights = stored(path)
+    model = SviteTransformer(**about["backbone"], num_classes=about["num_classes"])
     model.load_state_dict(weights)
     return model.eval()
 

@@ -13,15 +13,13 @@
 
 # %%
 import copy
-import json
 import math
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import Units, UnsupportedModel, check, require_finite
+from vitx.vit import Units, UnsupportedModel, check, require_finite, stored
 
 # Prune(...) stands before each of these linear layers of a block: a score for each of their inputs.
 LAYERS = {
@@ -138,10 +136,8 @@ def explain(model: VtpTransformer, images: Tensor, target: Tensor | None = None,
 
 def load_pretrained(path) -> VtpTransformer:
     """The model in a safetensors file, in eval mode; its metadata names the arguments of timm's class."""
-    with safe_open(path, framework="pt") as file:
-        options = json.loads(file.metadata()["backbone"])
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    model = VtpTransformer(**options)
+    about, weights = stored(path)
+    model = VtpTransformer(**about["backbone"])
     model.load_state_dict(weights)
     return model.eval()
 

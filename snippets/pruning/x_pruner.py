@@ -19,15 +19,13 @@
 # Catalogue entry: `x-pruner`.
 
 # %%
-import json
 import math
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, check, gated_units, require_finite, target_classes, without_units
+from vitx.vit import UnsupportedModel, check, gated_units, require_finite, stored, target_classes, without_units
 
 KINDS = ("heads", "neurons")
 STEEPNESS = 10.0  # n
@@ -167,10 +165,8 @@ def prune(model: MaskedTransformer, keep_rate: float | None = None) -> VisionTra
 
 def load_pretrained(path) -> MaskedTransformer:
     """The model in a safetensors file, in eval mode; its metadata names its arguments."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    model = MaskedTransformer(**json.loads(metadata["backbone"]), num_classes=int(metadata["num_classes"]))
+    metadata, weights = stored(path)
+    model = MaskedTransformer(**metadata["backbone"], num_classes=metadata["num_classes"])
     model.load_state_dict(weights)
     return model.eval()
 

@@ -16,14 +16,13 @@
 
 # %%
 import difflib
-import json
 import math
 from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, check, grid, require_finite, target_classes
+from vitx.vit import UnsupportedModel, check, grid, require_finite, stored, target_classes
 
 START, END = 0, 1  # token ids; END also fills up shorter captions
 METHODS = ("integrated-gradients", "saliency", "attention")
@@ -252,11 +251,8 @@ def attributed(model: Captioner, X: Tensor, tokens: Tensor, words: int, method: 
 
 def load_pretrained(path) -> Captioner:
     """The model in a safetensors file, in eval mode: its metadata holds the arguments of the networks."""
-    from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    metadata, weights = stored(path)
     decoder = metadata["decoder"]
     image = VisionTransformer(**metadata["image"], num_classes=0)
     model = Captioner(image, tuple(decoder.pop("words")), class_captions=tuple(metadata["class_captions"]), **decoder)

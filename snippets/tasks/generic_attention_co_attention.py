@@ -25,13 +25,12 @@
 
 # %%
 import difflib
-import json
 from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, caption_tokens, capture, require_finite, target_classes, to_grid
+from vitx.vit import UnsupportedModel, caption_tokens, capture, require_finite, stored, target_classes, to_grid
 
 PAD, ASK, END = 0, 1, 2  # token ids: behind a shorter question, before every question, and after it
 
@@ -263,11 +262,8 @@ def co_attention(R: Tensor, A: Tensor, length: int, normalised: bool = True, gat
 
 def load_pretrained(path) -> QuestionAnswering:
     """The model in a safetensors file, in eval mode: its metadata holds the arguments of the networks."""
-    from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    metadata, weights = stored(path)
     text = Question(**metadata["text"] | {"words": tuple(metadata["text"]["words"])})
     image = VisionTransformer(**metadata["image"], num_classes=0)
     answers, fusion = tuple(metadata["answers"]), tuple(metadata["fusion"])

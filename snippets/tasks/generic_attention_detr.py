@@ -18,16 +18,14 @@
 # `generic-attention-explainability`. The same detector is explained by `d-rise` and `odam`.
 
 # %%
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, capture, check, require_finite, target_classes, to_grid
+from vitx.vit import UnsupportedModel, capture, check, require_finite, stored, target_classes, to_grid
 
 
 class Attend(nn.Module):
@@ -295,9 +293,7 @@ def segment(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 def load_pretrained(path) -> Detector:
     """The model in a safetensors file, in eval mode; its metadata names the arguments of encoder and decoder."""
-    with safe_open(path, framework="pt") as file:
-        about = {key: json.loads(value) for key, value in file.metadata().items()}
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    about, weights = stored(path)
     model = Detector(VisionTransformer(**about["encoder"], num_classes=0), **about["decoder"])
     model.load_state_dict(weights)
     return model.eval()

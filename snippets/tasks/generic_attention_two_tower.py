@@ -14,14 +14,13 @@
 
 # %%
 import difflib
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import caption_tokens, capture, require_finite, to_grid
+from vitx.vit import caption_tokens, capture, require_finite, stored, to_grid
 
 START, END = 0, 1  # token ids; END also fills up shorter captions
 
@@ -173,11 +172,8 @@ def relevance(attention: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
 
 def load_pretrained(path) -> TwoTower:
     """The model in a safetensors file, in eval mode: its metadata holds the towers' arguments and the class captions."""
-    from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata, weights = stored(path)
     image, text = VisionTransformer(**metadata["image"]), TextTower(**metadata["text"])
     model = TwoTower(image, text, tuple(metadata["class_captions"]))
     model.load_state_dict(weights)

@@ -19,11 +19,9 @@
 # Catalogue entry: `istvt`.
 
 # %%
-import json
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from vitx.vit import (
@@ -34,6 +32,7 @@ from vitx.vit import (
     linear_relevance,
     product_relevance,
     require_finite,
+    stored,
     sum_relevance,
     target_classes,
 )
@@ -302,9 +301,7 @@ def film(parameters: Any, numbers: Tensor, frames: int) -> Film:
 
 def load_pretrained(path) -> VideoTransformer:
     """The model in a safetensors file, in eval mode; its metadata holds the arguments of ``VideoTransformer``."""
-    with safe_open(path, framework="pt") as file:
-        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    metadata, weights = stored(path)
     names: tuple[str, ...] = tuple(metadata.pop("class_names"))
     model = VideoTransformer(names, **metadata)
     model.load_state_dict(weights)

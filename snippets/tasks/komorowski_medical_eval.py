@@ -15,13 +15,11 @@
 # `komorowski-medical-eval`.
 
 # %%
-import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from vitx.vit import (
@@ -34,6 +32,7 @@ from vitx.vit import (
     patches_to_pixels,
     plain_relevance_blocks,
     readout,
+    stored,
     target_classes,
     target_scores,
     to_grid,
@@ -237,11 +236,9 @@ def evaluate(
 
 def load_pretrained(path: Any) -> VisionTransformer:
     """The model in a safetensors file, in eval mode, with ``class_names``; metadata names the backbone's arguments."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    class_names = tuple(json.loads(metadata["class_names"]))
-    model: Any = VisionTransformer(num_classes=len(class_names), **json.loads(metadata["backbone"]))
+    metadata, weights = stored(path)
+    class_names = tuple(metadata["class_names"])
+    model: Any = VisionTransformer(num_classes=len(class_names), **metadata["backbone"])
     model.load_state_dict(weights)
     model.class_names = class_names
     return model.eval()

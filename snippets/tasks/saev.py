@@ -17,12 +17,10 @@
 # Catalogue entry: `saev`.
 
 # %%
-import json
 import math
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -33,6 +31,7 @@ from vitx.vit import (
     grid,
     logits_of_tokens,
     require_finite,
+    stored,
     target_classes,
     target_scores,
 )
@@ -245,9 +244,7 @@ def learn(
 
 def load_pretrained(path) -> VisionTransformer:
     """The classifier in glyph.safetensors with the dictionary in a safetensors file beside it, in eval mode."""
-    with safe_open(path, framework="pt") as file:
-        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    metadata, weights = stored(path)
     model = VisionTransformer(**metadata["backbone"], num_classes=metadata["num_classes"])
     model.load_state_dict(load_file(path.with_name("glyph.safetensors")))
     width, features = weights["encoder"].shape

@@ -15,14 +15,12 @@
 # Catalogue entry: `transpose`. As a map of attention alone it has the limits of `raw-attention`.
 
 # %%
-import json
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, capture, check, grid, require_finite, target_classes
+from vitx.vit import UnsupportedModel, capture, check, grid, require_finite, stored, target_classes
 
 
 class PoseTransformer(VisionTransformer):
@@ -131,9 +129,7 @@ def centres(masks: Tensor) -> Tensor:
 
 def load_pretrained(path) -> PoseTransformer:
     """The model in a safetensors file, in eval mode; its metadata names the keypoints and the backbone's arguments."""
-    with safe_open(path, framework="pt") as file:
-        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    metadata, weights = stored(path)
     model = PoseTransformer(tuple(metadata["keypoints"]), **metadata["backbone"])
     model.load_state_dict(weights)
     return model.eval()

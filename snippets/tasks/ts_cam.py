@@ -13,15 +13,13 @@
 # Catalogue entry: `ts-cam`.
 
 # %%
-import json
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from scipy import ndimage
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx.vit import UnsupportedModel, capture, check, grid, require_finite, target_classes, to_grid
+from vitx.vit import UnsupportedModel, capture, check, grid, require_finite, stored, target_classes, to_grid
 
 
 class SemanticTransformer(VisionTransformer):
@@ -128,10 +126,8 @@ def outline(maps: Tensor, size: tuple[int, int], threshold: float) -> Located:
 
 def load_pretrained(path) -> SemanticTransformer:
     """The model in a safetensors file, in eval mode; its metadata names the backbone's arguments and the classes."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    model = SemanticTransformer(int(metadata["num_classes"]), **json.loads(metadata["backbone"]))
+    metadata, weights = stored(path)
+    model = SemanticTransformer(metadata["num_classes"], **metadata["backbone"])
     model.load_state_dict(weights)
     return model.eval()
 

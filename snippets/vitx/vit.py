@@ -8,13 +8,16 @@ h heads, D channels.
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.diff_attention import DiffAttention
@@ -343,6 +346,16 @@ def readout(model: VisionTransformer, record: dict[str, list[Tensor]]) -> Tensor
 def pool_row(model: VisionTransformer, row: Tensor) -> Tensor:
     """A row (B, N or P) over the tokens that attention pooling reads, as a row (B, N) over all tokens."""
     return row if model.pool_include_prefix else nn.functional.pad(row, (model.num_prefix_tokens, 0))
+
+
+# --- models that ship ----------------------------------------------------------------------------------------------
+
+
+def stored(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint of this project holds: its metadata, each value read as JSON, and its weights as float32."""
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
+        return metadata, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
 
 
 # --- removing tokens -----------------------------------------------------------------------------------------------
