@@ -41,6 +41,7 @@ IMPORTS = {
     "collections",
     "copy",
     "difflib",
+    "functools",
     "json",
     "math",
     "typing",

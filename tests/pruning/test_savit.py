@@ -285,15 +285,12 @@ def test_what_is_refused():
 
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
-    script, cards = training_script("savit_glyph"), catalog.load().models
-    if "savit-glyph" not in cards:
-        pytest.skip("the statistics over many pictures have not been measured yet")
-    card = cards["savit-glyph"]
+    script, card = training_script("savit_glyph"), catalog.load().models["savit-glyph"]
     monkeypatch.setattr(script, "UNSEEN", 800_000)  # a seed of neither the statistics nor the card
     measured = script.measure(models.load("savit-glyph").model, 200)
     for name, value in measured.items():
         assert abs(value - card.metrics[name]) < 0.08, name
-    gain = measured["top1_at_0.9"] - measured["top1_by_chance_at_0.9"]
+    gain = measured["top1_at_0.8"] - measured["top1_by_chance_at_0.8"]
     proof(
-        ID, "accuracy at 0.9 above units chosen by chance", gain, at_least=0.2, kind="ground truth", oracle="200 scenes"
+        ID, "accuracy at 0.8 above units chosen by chance", gain, at_least=0.2, kind="ground truth", oracle="200 scenes"
     )
