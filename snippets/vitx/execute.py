@@ -172,10 +172,14 @@ def _versions() -> str:
 
 
 def snippet_key(id: str) -> str:
-    """Key of one snippet: its script, its entry, the kit that it uses."""
-    entry = catalog.get(catalog.load(), id)
-    path = ATLAS / str(entry.snippet)
-    return key(ATLAS / "catalog" / "methods" / entry.family / f"{id}.yml", source=path.read_text())
+    """Key of one snippet: its script and entry, the script that builds its model, the kit that both use."""
+    atlas = catalog.load()
+    entry = catalog.get(atlas, id)
+    card = atlas.models.get(entry.model or "")
+    builder = atlas.methods[card.method] if card and card.method else entry
+    scripts = dict.fromkeys((entry.snippet, builder.snippet))
+    source = "\n".join((ATLAS / str(script)).read_text() for script in scripts)
+    return key(ATLAS / "catalog" / "methods" / entry.family / f"{id}.yml", source=source)
 
 
 def _keep(path: Path, content: bytes, stale: str) -> Path:

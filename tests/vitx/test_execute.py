@@ -87,6 +87,10 @@ def test_what_changes_a_key(copy):
     assert changed(before) == set()
     append(copy / "snippets" / "attribution" / "grad_cam.py")
     assert changed(before) == {"grad-cam"}
+    append(copy / "snippets" / "tasks" / "generic_attention_detr.py")  # builds the detector that three methods explain
+    assert changed(before) == {"grad-cam", "generic-attention-detr", "d-rise", "odam"}
+    before = keys()
+    append(copy / "snippets" / "attribution" / "grad_cam.py")
     append(copy / "catalog" / "methods" / "attention" / "raw-attention.yml")
     assert changed(before) == {"grad-cam", "raw-attention"}
     before, adapter = keys(), copy / "snippets" / "vitx" / "vit.py"
