@@ -32,7 +32,7 @@ from training import (  # pyright: ignore[reportMissingImports]
     right,
     window,
 )
-from vitx import catalog, glyphs, load_module
+from vitx import ATLAS, catalog, glyphs, load_module
 
 BATCH = 64  # scenes in a step
 CHOICE = 950_000  # seed of the scenes that choose thresholds
@@ -193,7 +193,8 @@ def measure(method: str, model: Any, count: int) -> dict[str, float]:
 
 def main() -> None:
     parser = arguments_parser(__doc__)
-    parser.add_argument("--method", choices=[id for id in STEPS if id in catalog.load().methods], required=True)
+    known = [id for id in STEPS if (ATLAS / catalog.snippet_name(id, "tasks")).is_file()]
+    parser.add_argument("--method", choices=known, required=True)
     parser.add_argument("--steps", type=int, default=None, help=f"by default {STEPS}")
     parser.add_argument("--test", type=int, default=1000, help="unseen scenes of each kind that measure")
     arguments = parser.parse_args()

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 60, 200, 16, 46  # margins in pixels; names stand in the right one
+WIDTH, HEIGHT = 740, 360
+LEFT, RIGHT, TOP, BOTTOM = 60, 300, 16, 46  # margins in pixels; names stand in the right one
 
 
 def curves(
