@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from scipy.special import erf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vitx import ATLAS, glyphs, load_module, models
+from vitx import ATLAS, catalog, glyphs, load_module, models
 
 
 def roughen(model: nn.Module, seed: int = 0) -> Any:
@@ -230,6 +230,34 @@ def linear_in_features() -> Any:
         block.attn.qkv.weight[16:] = torch.eye(8)  # no queries, no keys; values are the features themselves
         block.attn.proj.weight.copy_(torch.eye(8))
     return model
+
+
+def weakly_supervised(id: str, monkeypatch: Any) -> dict[str, float]:
+    """What the training script of a weakly supervised model measures on 200 unseen scenes, close to its card."""
+    script, model = training_script("weakly_supervised_glyph"), f"{id}-glyph"
+    monkeypatch.setattr(script, "UNSEEN", 800_000)  # a seed of neither the training nor the card
+    measured = script.measure(id, models.load(model).model, 200)
+    for name, value in measured.items():
+        assert abs(value - catalog.load().models[model].metrics[name]) < 0.06, name
+    return measured
+
+
+def masks_of_both(id: str, measured: dict[str, float], proof: Any, iou: float, gain: float) -> None:
+    """Prove the overlap of maps and creatures: at least ``iou``, and ``gain`` above that of another scene's maps."""
+    for creatures in (1, 2):
+        what, oracle = f"mask of the class asked about, {creatures} in a scene: IoU", "200 glyph scenes"
+        value = measured[f"iou_{creatures}_{id}"]
+        proof(id, what, value, at_least=iou, kind="ground truth", oracle=oracle)
+        more = value - measured[f"iou_{creatures}_chance"]
+        proof(id, f"{what} above that of another scene's map", more, at_least=gain, kind="ground truth", oracle=oracle)
+
+
+def peaks_on_its_own(explain: Any, model: Any) -> Tensor:
+    """How often, of two creatures, the map of a class peaks in the mask of its own and not in the other's."""
+    scenes = glyphs.scenes(100, 31, creatures=2)
+    peaks = explain(model, glyphs.normalise(scenes.images), scenes.labels[:, 0]).flatten(1).argmax(1, keepdim=True)
+    own, other = glyphs.patch_fraction(scenes.object_masks, (14, 14)).flatten(2).unbind(1)
+    return (own.gather(1, peaks) > other.gather(1, peaks)).float().mean()
 
 
 def read_back(snippet: Any, model: nn.Module, about: dict[str, Any], folder: Any) -> Any:
