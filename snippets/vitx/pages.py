@@ -894,6 +894,14 @@ def vocabulary_page(atlas: Atlas) -> Page:
     return Page("vocabulary/", "Vocabulary", "The terms of the catalogue.", "\n".join(parts), ("navigation",))
 
 
+def _accuracy(metrics: Mapping[str, float]) -> str:
+    """The first metric of a card that is an accuracy of the model itself, with its name."""
+    for name, value in metrics.items():
+        if name.split("_")[0] in ("top1", "accuracy", "right", "caption") and not name.endswith(("plain", "glyph")):
+            return f"{number(value)} <code>{escape(name)}</code>"
+    return ""
+
+
 def models_page(atlas: Atlas) -> Page:
     """The model cards."""
     parts = [
@@ -901,6 +909,27 @@ def models_page(atlas: Atlas) -> Page:
         "<p>Checkpoints that come with vitx. Any timm Vision Transformer works in their place: "
         "<code>--model deit_small_patch16_224</code>.</p>",
     ]
+    rows = []
+    for card in atlas.catalog.models.values():
+        method = atlas.catalog.methods.get(card.method or "")
+        rows.append(
+            [
+                f'<a href="#{card.id}">{escape(card.id)}</a>',
+                link(f"/methods/{method.id}/", method.name) if method else "",
+                f"{card.parameters:,}",
+                number(card.minutes),
+                _accuracy(card.metrics),
+            ]
+        )
+    if rows:
+        heads = ("Model", "Made for", "Weights", "Minutes of training", "Accuracy, by its name on the card")
+        parts.append(table(heads, rows, "All models"))
+        plain = atlas.catalog.models.get("glyph")
+        if plain:
+            parts.append(
+                f"<p>The plain Vision Transformer beside which most of them stand is <code>glyph</code>: accuracy "
+                f"{_accuracy(plain.metrics)}. Minutes are of two cores or one, at times beside other work.</p>"
+            )
     for card in atlas.catalog.models.values():
         metrics = ", ".join(f"{escape(name)} {number(value)}" for name, value in card.metrics.items())
         entries = [

@@ -467,3 +467,12 @@ def test_pictures_of_a_notebook() -> None:
     assert shown == notebook_html.Picture(tiny["png"](), "png", "")
     assert notebook_html.picture_size(shown.data) == (4, 3)
     assert notebook_html.notebook_pictures(json.dumps({"cells": [{"cell_type": "markdown", "source": "x"}]})) == []
+
+
+def test_the_accuracy_of_a_card_is_the_models_own():
+    """Never that of the plain model which stands beside it."""
+    assert pages._accuracy({"top1_plain": 1.0, "top1_glyph": 0.9, "top1_at_0.5": 0.8, "top1": 0.7}) == (
+        "0.8 <code>top1_at_0.5</code>"
+    )
+    assert pages._accuracy({"iou": 0.5, "video_accuracy": 0.4}) == ""
+    assert pages._accuracy({"top1_<b>": 0.5}) == "0.5 <code>top1_&lt;b&gt;</code>"
