@@ -37,7 +37,7 @@ from vitx import ATLAS, catalog, glyphs, load_module
 BATCH = 64  # scenes in a step
 CHOICE = 950_000  # seed of the scenes that choose thresholds
 THRESHOLDS = [step / 20 for step in range(20)]  # of maps scaled to [0, 1]
-STEPS = {"ts-cam": 160, "mctformer": 510, "transcam": 180}
+STEPS = {"ts-cam": 160, "mctformer": 900, "transcam": 180}
 CROPS = {"ts-cam": 0, "mctformer": 400, "transcam": 0}  # the first of these steps see crops of one creature
 NAMES = {"ts-cam": "TS-CAM Glyph ViT", "mctformer": "MCTformer Glyph ViT", "transcam": "TransCAM Glyph Conformer"}
 ARCHITECTURES = {
