@@ -153,9 +153,9 @@ def load_pretrained(path) -> IAViT:
 #
 # What the small model shows, and cannot show: in a training of minutes the interpreter comes to the predictor's answer for most
 # pictures, not for all, and what it attends to lies on the creature about twice as often as by chance; the card has the numbers.
-# That it agrees with the predictor says that patches suffice for the answer, not that the predictor used the same ones, and as
-# the gradient of the imitation reaches the predictor too, as in the notebooks, that becomes less sure of itself. The matrix $U$
-# has a weight for each place of the grid, so that the interpreter could answer by place alone.
+# That it agrees with the predictor says that patches suffice for the answer, not that the predictor used the same ones. The
+# gradient of the imitation reaches the predictor too, as in the notebooks, which may so come to meet the interpreter half-way.
+# The matrix $U$ has a weight for each place of the grid, so that the interpreter could answer by place alone.
 
 # %%
 if __name__ == "__main__":

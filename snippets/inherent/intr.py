@@ -154,11 +154,11 @@ def load_pretrained(path) -> INTR:
 # 3. No bias beside $w$. The authors' linear layer has one; as the same number for every class it cannot change a decision.
 # 4. Scenes with two creatures are trained with both labels, each worth a half.
 #
-# What the small model shows, and cannot show: it names nearly every creature, yet its queries look only about twice as much
-# at their creature as at any other place of that size, and little more at their own creature than at another beside it; the
-# card has the numbers. Some heads look everywhere or at the background. Attention says where a query looked, not what it
-# took from there: the tokens have seen the whole picture, so that those of the background hold the class as well. Twelve
-# classes whose parts are drawn to be told apart leave little for heads to specialise in.
+# What the small model shows, and cannot show: it names nearly every creature, yet its queries look only about twice as
+# much at their creature as at any other place of that size, and little more at their own creature than at another beside
+# it; the card has the numbers. Some heads look everywhere or at the background. Attention says where a query looked, not
+# what it took from there: the tokens have seen the whole picture, so that those of the background may hold the class as
+# well. Twelve classes whose parts are drawn to be told apart leave little for heads to specialise in.
 
 # %%
 if __name__ == "__main__":

@@ -209,8 +209,8 @@ def load_pretrained(path) -> ProtoPFormer:
 #    and shows the patches that are most similar; the move is ProtoPNet's. A cluster loss of small weight, which pulls a patch
 #    to each prototype of the class, makes it a short one.
 # 2. Five local prototypes of a class, one for each part that a creature has, and three global ones, of 64 channels; the
-#    authors train ten and ten of 192. The foreground has 30 of 196 patches, where they keep 81: a creature covers 15 % of
-#    its picture, a bird more. With 81 patches of the glyph world, two thirds of the foreground would be background.
+#    authors train ten and ten of 192. The foreground has 30 of 196 patches, where they keep 81: a creature is smaller in its
+#    picture than their birds, and the foreground would be background for the most part.
 # 3. The rollout is the plain one, $(\bar A + I) / 2$ in each block. The authors' code sets the weakest nine tenths of each
 #    attention matrix to zero and gives the identity the weight 0.2; their sparse masks need the deeper DeiT.
 # 4. Patches outside the foreground are dropped before the last block, so the sequence is really shorter. The code masks them
@@ -219,6 +219,7 @@ def load_pretrained(path) -> ProtoPFormer:
 #    $N / (N - 1)$, which is the same up to that factor.
 # 6. The local prototypes must also name the class by themselves, in a cross-entropy of their own: the class token of the
 #    model glyph, which is trained already, would otherwise leave them nothing to learn.
+# 7. The backbone stays as it is, so that its attention goes on choosing the foreground. The authors fine-tune it.
 #
 # What the small model cannot show: twelve classes of drawn creatures that share their parts need no fine distinctions, and a
 # backbone that had learned to see the parts makes easy work for prototypes. A token has seen the whole picture, so that the

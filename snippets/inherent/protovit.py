@@ -197,8 +197,7 @@ def load_pretrained(path) -> ProtoViT:
 #    only.
 # 5. The last layer is trained once more in the end with an L1 penalty on what it gives to other classes, as by the authors.
 # 6. Prototypes begin as the patches of a scene to which the class token attends most, with their neighbours; the authors'
-#    begin as random numbers. Where they began at random places, which are background for the most part, they were as
-#    accurate and stayed there: less the class token, patches of the background hold the class too.
+#    begin as random numbers. At random places of a scene they would begin in the background for the most part.
 #
 # What the small model cannot show: twelve classes of drawn creatures that share their parts need no fine distinctions. A
 # patch token has seen the whole picture, and the class token is taken from it, so that the patches that are shown need not

@@ -231,11 +231,11 @@ def load_pretrained(path) -> ViTNeT:
 #    and the scene is stored (`sources`); then the leaves alone are trained on. The code shows the nearest patch without
 #    moving the prototype.
 #
-# What the small model shows, and cannot show: it is as accurate along one path as with the whole tree, but half of its
-# prototypes are patches of the background, and are found there. The patches have seen the whole picture, twice over: through
-# the backbone and through the context modules, so that any of them can hold what the class is. How much more often than by
-# chance a prototype is found at the creature is among the proofs on this page. Twelve classes need few questions, where the
-# authors' trees sort two hundred birds.
+# What the small model shows, and cannot show: it is as accurate along one path as with the whole tree, but many of its
+# prototypes are patches of the background, and are found there. The patches have seen the whole picture, twice over:
+# through the backbone and through the context modules, so that any of them can hold what the class is. How many of the
+# prototypes lie on creatures, and how much more often than by chance they are found there, is among the proofs on this
+# page. Twelve classes need few questions, where the authors' trees sort two hundred birds.
 
 # %%
 if __name__ == "__main__":

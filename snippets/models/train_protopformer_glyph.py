@@ -143,7 +143,7 @@ def main() -> None:
 
     torch.manual_seed(settings.seed)
     network = with_glyph_weights(VisionTransformer(**BACKBONE, num_classes=0), arguments.root)
-    network.requires_grad_(False)  # or it learns to write the class into the background, and prototypes lie there
+    network.requires_grad_(False)  # its attention chooses the foreground
     model = snippet.ProtoPFormer(network, **HEAD)
     seed = SCENES + 10 * settings.seed + 1  # of the scenes whose tokens may become prototypes
     start(model.eval(), arguments.pool // 4, seed)

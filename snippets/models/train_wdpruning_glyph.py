@@ -34,7 +34,7 @@ RATES = (1.0, 0.8, 0.6, 0.4)  # that the card tells of
 EXITS = (3, 4, 5)  # numbers of blocks before a shallow classifier
 START = 3.0  # of the thresholds: 95% of the units
 SPEED = 10.0  # of the multipliers, relative to the thresholds
-LEAST = 0.3  # smallest budget in the second half
+LEAST = 0.3  # smallest budget in the second stage
 
 snippet = load_module("wdpruning")
 

@@ -223,8 +223,8 @@ def load_pretrained(path) -> WdTransformer:
 #    without the slope of the sigmoid), and no penalty once the budget is met.
 # 2. The code has one budget for each training. `keep_rate` moves all thresholds by one number until $R$ is the share asked for,
 #    so that the widths keep their learned order.
-# 3. `wdpruning-glyph` learned its masks in the first half of a short training, its thresholds starting at 3 and not
-#    at 10. In the second half the saliencies stayed, and the weights went on with a budget drawn anew in every step, so that
+# 3. `wdpruning-glyph` learned its masks in a first stage of a short training, its thresholds starting at 3 and not
+#    at 10. In the second, longer stage the saliencies stayed, and the weights went on with a budget drawn anew in every step, so that
 #    one file serves all of them; the code trains everything together to the end.
 # 4. The authors put one classifier behind the tenth of twelve blocks; the small model has three.
 # 5. Outputs that are pruned add nothing to the tokens. The smaller model computes the others and adds zeros there.

@@ -263,3 +263,13 @@ def test_prototypes_are_found_on_the_creature_more_often_than_by_chance(shipped,
     hit = near.gather(1, found.best)[found.turns].float().mean()
     what = "where the path goes left, the patch found is at the creature: share over chance"
     proof(ID, what, hit / near.float().mean(), at_least=1.5, kind="ground truth", oracle="200 glyph scenes")
+
+
+def test_how_many_prototypes_are_patches_of_creatures(shipped, proof):
+    scenes = [glyphs.scenes(1, seed, start=index) for seed, index, _ in shipped.sources.tolist()]
+    share = (
+        glyphs.patch_fraction(torch.cat([scene.object_masks[:, 0] for scene in scenes]), (14, 14)) > 0
+    )  # (I, 14, 14)
+    on = share.flatten(1)[range(len(scenes)), shipped.sources[:, 2]].float().mean()
+    what = "share of the prototypes that are patches of creatures, over the creatures' share of all patches"
+    proof(ID, what, on / share.float().mean(), at_least=1.5, kind="ground truth", oracle="the training scenes")
