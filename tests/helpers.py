@@ -232,6 +232,17 @@ def linear_in_features() -> Any:
     return model
 
 
+def close_to_card(model: str, monkeypatch: Any, within: float) -> dict[str, float]:
+    """What the training script of a model measures on 200 unseen scenes; each metric as near as that to the card's."""
+    script = training_script(model.replace("-", "_"))
+    for function in (script.measure, getattr(script, "measure_pruned", script.measure)):
+        monkeypatch.setitem(function.__globals__, "UNSEEN", 800_000)  # a seed of neither the training nor the card
+    measured = script.measure(models.load(model).model, 200)
+    for name, value in measured.items():
+        assert abs(value - catalog.load().models[model].metrics[name]) < within, name
+    return measured
+
+
 def weakly_supervised(id: str, monkeypatch: Any) -> dict[str, float]:
     """What the training script of a weakly supervised model measures on 200 unseen scenes, close to its card."""
     script, model = training_script("weakly_supervised_glyph"), f"{id}-glyph"

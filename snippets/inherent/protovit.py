@@ -205,14 +205,6 @@ def load_pretrained(path) -> ProtoViT:
 
 # %%
 if __name__ == "__main__":
-    from vitx import demo, glyphs, models, plot
+    from vitx import demo
 
-    def show(seed: int, count: int = 3) -> None:
-        """Scenes, the map, and the prototypes of the class: where their parts were found, and the training patches."""
-        scenes = glyphs.scenes(count, seed)
-        found = explain(models.load("protovit-glyph").model, glyphs.normalise(scenes.images))  # pyright: ignore[reportArgumentType]
-        titles = [f"predicted {glyphs.CLASS_NAMES[label]}" for label in found.logits.argmax(1)]
-        pictures = list(scenes.images.permute(0, 2, 3, 1).numpy())
-        demo.show(plot.prototypes(found, pictures, titles), "protovit")
-
-    show(seed=7)
+    demo.prototypes(explain, "protovit")

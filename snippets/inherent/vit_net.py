@@ -239,17 +239,6 @@ def load_pretrained(path) -> ViTNeT:
 
 # %%
 if __name__ == "__main__":
-    from vitx import demo, glyphs, models, plot
+    from vitx import demo
 
-    def show(seed: int, count: int = 3) -> None:
-        """Scenes, the map, and each node of the path: the patch most like its prototype, and the prototype."""
-        scenes = glyphs.scenes(count, seed)
-        found = explain(models.load("vit-net-glyph").model, glyphs.normalise(scenes.images))  # pyright: ignore[reportArgumentType]
-        titles = [
-            f"predicted {glyphs.CLASS_NAMES[label]}\nleaf {leaf}, share {share:.2f}"
-            for label, leaf, share in zip(found.logits.argmax(1), found.leaf, found.share, strict=True)
-        ]
-        pictures = list(scenes.images.permute(0, 2, 3, 1).numpy())
-        demo.show(plot.prototypes(found, pictures, titles), "vit-net")
-
-    show(seed=7)
+    demo.prototypes(explain, "vit-net", lambda found, row: f"leaf {found.leaf[row]}, share {found.share[row]:.2f}")

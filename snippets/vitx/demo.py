@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -47,6 +48,21 @@ def heatmap(explain: Callable, id: str) -> None:
     truth = glyphs.patch_fraction(scene.object_masks[0].any(0), (14, 14))
     second.append(plot.Cell(picture, truth, "truth: the creatures"))
     show(plot.grid([first, second], cell=2.1), id)
+
+
+def prototypes(explain: Callable, id: str, note: Callable[[Any, int], str] | None = None) -> None:
+    """Show three scenes with the map, and each prototype of the class: where it was found, and the training patch.
+
+    Args:
+        note: one more line over each scene, from what ``explain`` returned and the row.
+    """
+    scenes = glyphs.scenes(3, SCENE)
+    model = models.load(str(catalog.get(catalog.load(), id).model)).model
+    found = explain(model, glyphs.normalise(scenes.images))
+    titles = [f"predicted {glyphs.CLASS_NAMES[int(label)]}" for label in found.logits.argmax(1)]
+    if note:
+        titles = [f"{title}\n{note(found, row)}" for row, title in enumerate(titles)]
+    show(plot.prototypes(found, list(scenes.images.permute(0, 2, 3, 1).numpy()), titles), id)
 
 
 def show(figure: Figure, id: str) -> None:

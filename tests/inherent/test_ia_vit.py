@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    close_to_card,
     layer_norm,
     pictures,
     relative_error,
     roughen,
     tiny,
-    training_script,
     twin_forward,
     weights,
 )
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
-from vitx import catalog, load_module, models
+from vitx import load_module
 from vitx.vit import UnsupportedModel, capture
 
 ID = "ia-vit"
@@ -168,11 +168,7 @@ def test_a_file_gives_back_its_model(tmp_path):
 
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
-    script, card = training_script("ia_vit_glyph"), catalog.load().models["ia-vit-glyph"]
-    monkeypatch.setattr(script, "UNSEEN", 800_000)  # a seed of neither the training nor the card
-    measured = script.measure(models.load("ia-vit-glyph").model, 200)
-    for name, value in measured.items():
-        assert abs(value - card.metrics[name]) < 0.05, name
+    measured = close_to_card("ia-vit-glyph", monkeypatch, within=0.05)
     oracle = "200 glyph scenes"
     what = "scenes on which the interpreter names the predictor's class"
     proof(ID, what, measured["interpreter_agrees"], at_least=0.8, kind="ground truth", oracle=oracle)

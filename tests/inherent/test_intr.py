@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, relative_error, roughen, tiny, training_script, weights
+from helpers import close_to_card, pictures, relative_error, roughen, tiny, weights
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from vitx import catalog, glyphs, load_module, models
+from vitx import glyphs, load_module, models
 from vitx.vit import UnsupportedModel
 
 ID = "intr"
@@ -172,11 +172,7 @@ def test_a_file_gives_back_its_model(tmp_path):
 
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
-    script, card = training_script("intr_glyph"), catalog.load().models["intr-glyph"]
-    monkeypatch.setattr(script, "UNSEEN", 800_000)  # a seed of neither the training nor the card
-    measured = script.measure(models.load("intr-glyph").model, 200)
-    for name, value in measured.items():
-        assert abs(value - card.metrics[name]) < 0.05, name
+    measured = close_to_card("intr-glyph", monkeypatch, within=0.05)
     oracle = "200 glyph scenes"
     ratio = measured["attention_on_creature"] / measured["attention_on_creature_chance"]
     what = "share of the true class's attention on patches of its creature, over chance"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    close_to_card,
     layer_norm,
     pictures,
     relative_error,
@@ -20,7 +21,7 @@ from helpers import (
 )
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
-from vitx import catalog, glyphs, load_module, models
+from vitx import glyphs, load_module, models
 from vitx.vit import UnsupportedModel
 
 ID = "protopformer"
@@ -250,11 +251,7 @@ def test_a_training_scene_finds_its_own_prototype(shipped):
 
 
 def test_the_card_holds_on_unseen_scenes(shipped, proof, monkeypatch):
-    script, card = training_script("protopformer_glyph"), catalog.load().models["protopformer-glyph"]
-    monkeypatch.setattr(script, "UNSEEN", 800_000)  # a seed of neither the training nor the card
-    measured = script.measure(shipped, 200)
-    for name, value in measured.items():
-        assert abs(value - card.metrics[name]) < 0.05, name
+    measured = close_to_card("protopformer-glyph", monkeypatch, within=0.05)
     oracle = "200 glyph scenes"
     for name, what, floor in (
         ("creature_in_foreground", "share of the creature inside the foreground", 0.8),

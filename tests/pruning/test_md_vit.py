@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, relative_error, tiny, training_script, twin_forward
+from helpers import close_to_card, pictures, relative_error, tiny, twin_forward
 from scipy.integrate import quad
 from torch.utils.flop_counter import FlopCounterMode
-from vitx import catalog, load_module, models
+from vitx import load_module
 from vitx.vit import UnsupportedModel, embed
 
 ID = "md-vit"
@@ -210,10 +210,6 @@ def test_what_is_refused():
 
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
-    script, card = training_script("md_vit_glyph"), catalog.load().models["md-vit-glyph"]
-    monkeypatch.setattr(script, "UNSEEN", 800_000)  # a seed of neither the training nor the card
-    measured = script.measure(models.load("md-vit-glyph").model, 200)
-    for name, value in measured.items():
-        assert abs(value - card.metrics[name]) < 0.08, name
+    measured = close_to_card("md-vit-glyph", monkeypatch, within=0.08)
     what = "accuracy with six tenths of the operations"
     proof(ID, what, measured["top1_at_0.6"], at_least=0.75, kind="ground truth", oracle="200 scenes")

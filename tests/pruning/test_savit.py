@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    close_to_card,
     layer_norm,
     pictures,
     relative_error,
     tiny,
-    training_script,
     twin_block,
     twin_tokens,
     variant,
@@ -20,7 +20,7 @@ from helpers import (
 )
 from scipy.special import erf
 from torch.utils.flop_counter import FlopCounterMode
-from vitx import catalog, glyphs, load_module, models
+from vitx import glyphs, load_module, models
 from vitx.vit import UnsupportedModel, embed, gated_units
 
 ID = "savit"
@@ -285,11 +285,7 @@ def test_what_is_refused():
 
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
-    script, card = training_script("savit_glyph"), catalog.load().models["savit-glyph"]
-    monkeypatch.setattr(script, "UNSEEN", 800_000)  # a seed of neither the statistics nor the card
-    measured = script.measure(models.load("savit-glyph").model, 200)
-    for name, value in measured.items():
-        assert abs(value - card.metrics[name]) < 0.08, name
+    measured = close_to_card("savit-glyph", monkeypatch, within=0.08)
     gain = measured["top1_at_0.8"] - measured["top1_by_chance_at_0.8"]
     proof(
         ID, "accuracy at 0.8 above units chosen by chance", gain, at_least=0.2, kind="ground truth", oracle="200 scenes"

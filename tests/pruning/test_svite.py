@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, relative_error, tiny, training_script
+from helpers import close_to_card, pictures, relative_error, tiny
 from torch import Tensor, nn
-from vitx import catalog, glyphs, load_module, models
+from vitx import glyphs, load_module, models
 from vitx.vit import UnsupportedModel
 
 ID = "svite"
@@ -181,11 +181,7 @@ def test_what_is_refused():
 
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
-    script, card = training_script("svite_glyph"), catalog.load().models["svite-glyph"]
-    monkeypatch.setattr(script, "UNSEEN", 800_000)  # a seed of neither the training nor the card
-    measured = script.measure(models.load("svite-glyph").model, 200)
-    for name, value in measured.items():
-        assert abs(value - card.metrics[name]) < 0.08, name
+    measured = close_to_card("svite-glyph", monkeypatch, within=0.08)
     what = "accuracy with half of the heads and 70 % of the neurons"
     proof(ID, what, measured["top1_at_0.7"], at_least=0.85, kind="ground truth", oracle="200 scenes")
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, relative_error, tiny, training_script
+from helpers import close_to_card, pictures, relative_error, tiny
 from torch.utils.flop_counter import FlopCounterMode
-from vitx import catalog, load_module, models
+from vitx import load_module
 from vitx.vit import UnsupportedModel, embed
 
 ID = "uvc"
@@ -227,9 +227,5 @@ def test_what_is_refused():
 
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
-    script, card = training_script("uvc_glyph"), catalog.load().models["uvc-glyph"]
-    monkeypatch.setattr(script, "UNSEEN", 800_000)  # a seed of neither the training nor the card
-    measured = script.measure(models.load("uvc-glyph").model, 200)
-    for name, value in measured.items():
-        assert abs(value - card.metrics[name]) < 0.08, name
+    measured = close_to_card("uvc-glyph", monkeypatch, within=0.08)
     proof(ID, "accuracy within the budget", measured["top1"], at_least=0.85, kind="ground truth", oracle="200 scenes")

@@ -7,11 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import layer_norm, pictures, relative_error, roughen, tiny, training_script, twin_tokens, weights
+from helpers import (
+    close_to_card,
+    layer_norm,
+    pictures,
+    relative_error,
+    roughen,
+    tiny,
+    twin_tokens,
+    weights,
+)
 from safetensors.torch import save_file
 from scipy.special import erf
 from torch.func import functional_call
-from vitx import catalog, load_module, models
+from vitx import load_module
 from vitx.vit import UnsupportedModel
 
 ID = "vit-slim"
@@ -163,11 +172,7 @@ def test_a_file_gives_back_its_model(tmp_path):
 
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
-    script, card = training_script("vit_slim_glyph"), catalog.load().models["vit-slim-glyph"]
-    monkeypatch.setitem(script.measure_pruned.__globals__, "UNSEEN", 800_000)  # of neither the training nor the card
-    measured = script.measure(models.load("vit-slim-glyph").model, 200)
-    for name, value in measured.items():
-        assert abs(value - card.metrics[name]) < 0.12, name
+    measured = close_to_card("vit-slim-glyph", monkeypatch, within=0.12)
     what, oracle = "accuracy with 60% of units and patches", "100 glyph scenes"
     proof(ID, what, measured["top1_60"], at_least=0.9, kind="ground truth", oracle=oracle)
     value = measured["top1_40_all_patches"] - measured["top1_40_random"]

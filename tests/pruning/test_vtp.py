@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    close_to_card,
     layer_norm,
     pictures,
     read_back,
     relative_error,
     roughen,
     tiny,
-    training_script,
     twin_tokens,
     weights,
 )
 from scipy.special import erf
 from torch.func import functional_call
-from vitx import catalog, load_module, models
+from vitx import load_module
 from vitx.vit import UnsupportedModel
 
 ID = "vtp"
@@ -159,11 +159,7 @@ def test_a_file_gives_back_its_model(tmp_path):
 
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
-    script, card = training_script("vtp_glyph"), catalog.load().models["vtp-glyph"]
-    monkeypatch.setitem(script.measure_pruned.__globals__, "UNSEEN", 800_000)  # of neither the training nor the card
-    measured = script.measure(models.load("vtp-glyph").model, 200)
-    for name, value in measured.items():
-        assert abs(value - card.metrics[name]) < 0.12, name
+    measured = close_to_card("vtp-glyph", monkeypatch, within=0.12)
     value = measured["top1_60"]
     proof(
         ID, "accuracy with 60% of the dimensions", value, at_least=0.9, kind="ground truth", oracle="200 glyph scenes"

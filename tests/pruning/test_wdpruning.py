@@ -7,11 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import layer_norm, pictures, relative_error, roughen, tiny, training_script, twin_tokens, weights
+from helpers import (
+    close_to_card,
+    layer_norm,
+    pictures,
+    relative_error,
+    roughen,
+    tiny,
+    training_script,
+    twin_tokens,
+    weights,
+)
 from safetensors.torch import save_file
 from scipy.special import erf
 from torch import Tensor, nn
-from vitx import catalog, load_module, models
+from vitx import load_module
 from vitx.vit import UnsupportedModel
 
 ID = "wdpruning"
@@ -242,11 +252,7 @@ def test_a_file_gives_back_its_model(tmp_path):
 
 
 def test_the_card_holds_on_unseen_scenes(proof, monkeypatch):
-    script, card = training_script("wdpruning_glyph"), catalog.load().models["wdpruning-glyph"]
-    monkeypatch.setitem(script.measure_pruned.__globals__, "UNSEEN", 800_000)  # of neither the training nor the card
-    measured = script.measure(models.load("wdpruning-glyph").model, 200)
-    for name, value in measured.items():
-        assert abs(value - card.metrics[name]) < 0.12, name
+    measured = close_to_card("wdpruning-glyph", monkeypatch, within=0.12)
     oracle = "100 glyph scenes"
     value = measured["top1_40"]
     proof(
