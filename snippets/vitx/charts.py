@@ -7,6 +7,8 @@ from html import escape
 WIDTH, HEIGHT = 740, 360
 LEFT, RIGHT, TOP, BOTTOM = 60, 300, 16, 46  # margins in pixels; names stand in the right one
 
+COLOURS = 8  # of the site's style; series after them have the same again, with hollow points and dashed lines
+
 
 def curves(
     series: Mapping[str, Sequence[tuple[float, float, float]]],
@@ -55,7 +57,7 @@ def curves(
     for y, name in ends:  # names do not overlap
         below = heights[name] = max(y, below + 15)
     for number, (name, points) in enumerate(series.items()):
-        parts.append(f'<g class="c{1 + number % 8}">')
+        parts.append(f'<g class="c{1 + number % COLOURS}{" hollow" * (number // COLOURS % 2)}">')
         if len(points) > 1:
             parts.append(
                 '<path class="line" d="M' + "L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y, _ in points) + '"/>'

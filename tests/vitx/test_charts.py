@@ -47,3 +47,10 @@ def test_a_linear_axis_is_filled():
     svg = drawn({"one": [(0.9, 0.5, 0.0)], "two": [(1.0, 0.6, 0.0)]}, x_log=False)
     ((x1, _),), ((x2, _),) = points(svg, "c1"), points(svg, "c2")
     assert (x1, x2) == (charts.LEFT, charts.WIDTH - charts.RIGHT)
+
+
+def test_more_series_than_colours_can_be_told_apart():
+    svg = drawn({f"s{n}": [(1, n / 10, 0.0)] for n in range(12)})
+    classes = [g.get("class") for g in svg.findall(".//g")]
+    assert len(set(classes)) == 12
+    assert classes[8] == "c1 hollow"
