@@ -17,7 +17,7 @@ def test_a_method_that_keeps_all_is_the_full_model(monkeypatch, tmp_path):
     assert 0.3 < half["operations"] < 0.8
     assert 0.05 < half["tokens"] < 0.3
     assert half["agreement"] < 0.99
-    with pytest.raises(ValueError, match="grad-cam has no rates to measure; these have: x-pruner, dynamicvit"):
+    with pytest.raises(ValueError, match=r"grad-cam has no rates to measure; these have: .*, dynamicvit,"):
         pruned.measure(["grad-cam"])
 
 
