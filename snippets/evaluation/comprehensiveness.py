@@ -16,9 +16,8 @@
 # Pictures with holes are unlike those of the training. Catalogue entry: `comprehensiveness`.
 
 # %%
-import torch
 from torch import Tensor
-from vitx.removal import Curve, target_probabilities
+from vitx.removal import Curve, target_probabilities, value_at
 
 BINS = (0.01, 0.05, 0.1, 0.2, 0.5)  # shares of the picture
 
@@ -36,10 +35,7 @@ def score(most_first: Curve, target: Tensor) -> Tensor:
     Source: DeYoung et al. 2020 (ERASER), section 4.2.
     """
     shares, probabilities = most_first.shares, target_probabilities(most_first.logits, target)  # (S + 1,), (B, S + 1)
-    hidden = shares.new_tensor(BINS)
-    right = torch.searchsorted(shares, hidden)  # (5,) first step that hides as much or more
-    weight = (hidden - shares[right - 1]) / (shares[right] - shares[right - 1])
-    without = torch.lerp(probabilities[:, right - 1], probabilities[:, right], weight.to(probabilities))  # (B, 5)
+    without = value_at(shares, probabilities, shares.new_tensor(BINS))  # (B, 5)
     return (probabilities[:, :1] - without).mean(1)
 
 

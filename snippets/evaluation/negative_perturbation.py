@@ -19,9 +19,8 @@
 # Hidden patches make pictures that are unlike those of the training. Catalogue entry: `negative-perturbation`.
 
 # %%
-import torch
 from torch import Tensor
-from vitx.removal import Curve, area
+from vitx.removal import Curve, first_class_area
 
 
 def score(least_first: Curve, target: Tensor) -> Tensor:
@@ -37,10 +36,7 @@ def score(least_first: Curve, target: Tensor) -> Tensor:
 
     Source: Chefer, Gur, Wolf 2021 (CVPR), section 4, perturbation tests.
     """
-    tenths = torch.arange(10, device=target.device) / 10
-    nearest = (least_first.shares - tenths[:, None]).abs().argmin(1)  # (10,) steps of the curve
-    stands = (least_first.logits.argmax(2) == target[:, None]).to(least_first.logits)  # (B, S + 1)
-    return area(tenths, stands[:, nearest])
+    return first_class_area(least_first, target)
 
 
 # %% [markdown]

@@ -19,9 +19,8 @@
 # Hidden patches make pictures that are unlike those of the training. Catalogue entry: `positive-perturbation`.
 
 # %%
-import torch
 from torch import Tensor
-from vitx.removal import Curve, area
+from vitx.removal import Curve, first_class_area
 
 
 def score(most_first: Curve, target: Tensor) -> Tensor:
@@ -36,10 +35,7 @@ def score(most_first: Curve, target: Tensor) -> Tensor:
 
     Source: Chefer, Gur, Wolf 2021 (CVPR), section 4, perturbation tests.
     """
-    tenths = torch.arange(10, device=target.device) / 10
-    nearest = (most_first.shares - tenths[:, None]).abs().argmin(1)  # (10,) steps of the curve
-    stands = (most_first.logits.argmax(2) == target[:, None]).to(most_first.logits)  # (B, S + 1)
-    return area(tenths, stands[:, nearest])
+    return first_class_area(most_first, target)
 
 
 # %% [markdown]

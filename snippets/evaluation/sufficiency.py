@@ -17,9 +17,8 @@
 # Pictures of which little is left are unlike those of the training. Catalogue entry: `sufficiency`.
 
 # %%
-import torch
 from torch import Tensor
-from vitx.removal import Curve, target_probabilities
+from vitx.removal import Curve, target_probabilities, value_at
 
 BINS = (0.01, 0.05, 0.1, 0.2, 0.5)  # shares of the picture
 
@@ -38,10 +37,7 @@ def score(least_first: Curve, target: Tensor) -> Tensor:
     Source: DeYoung et al. 2020 (ERASER), section 4.2.
     """
     shares, probabilities = least_first.shares, target_probabilities(least_first.logits, target)  # (S + 1,), (B, S + 1)
-    hidden = 1 - shares.new_tensor(BINS)
-    right = torch.searchsorted(shares, hidden)  # (5,) first step that hides as much or more
-    weight = (hidden - shares[right - 1]) / (shares[right] - shares[right - 1])
-    only = torch.lerp(probabilities[:, right - 1], probabilities[:, right], weight.to(probabilities))  # (B, 5)
+    only = value_at(shares, probabilities, 1 - shares.new_tensor(BINS))  # (B, 5)
     return (probabilities[:, :1] - only).mean(1)
 
 

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from vitx import ATLAS, catalog, glyphs, load, metrics, models
+from vitx.data import SEED
 from vitx.plot import heatmap
 
-SEED = 20_311  # scenes of the benchmark; no training script uses it
 RESULT = ATLAS / "catalog" / "results" / "glyph.json"
 BASELINES = ("random", "object-mask")
 # Beside models that explain themselves: methods that explain the plain model glyph.

@@ -136,8 +136,26 @@ def scores(atlas: Atlas, data: str) -> str:
         f'<div class="vx-score-block" data-name="{data}">{form}<p class="vx-small vx-score-legend">{legend}</p>'
         f'<div class="vx-scroll vx-tall" tabindex="0" role="region" aria-label="Scores, {escape(DATA[data])}">'
         f'<table class="vx-table vx-scores"><thead><tr><th scope="col">Method</th>{"".join(map(head, criteria))}</tr>'
-        f"</thead><tbody>{''.join(map(line, methods))}</tbody></table></div></div>" + provenance(result(atlas, data))
+        f"</thead><tbody>{''.join(map(line, methods))}</tbody></table></div></div>"
+        + _reduced(atlas, data)
+        + provenance(result(atlas, data))
     )
+
+
+def _reduced(atlas: Atlas, data: str) -> str:
+    """Which methods did not run at their default settings."""
+    explained = result(atlas, data).get("explained", {})
+    named = [
+        f"{entry_link(atlas, id)} ({arguments(explained[id]['options'])})"
+        for id in _methods(atlas, data)
+        if explained.get(id, {}).get("options")
+    ]
+    return f'<p class="vx-small">Not at default settings: {", ".join(named)}.</p>' if named else ""
+
+
+def arguments(options: Mapping[str, Any]) -> str:
+    """Arguments of a method, as text."""
+    return escape(", ".join(f"{name}={value}" for name, value in options.items()))
 
 
 def _select(name: str, label: str, terms: Sequence[Any]) -> str:

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -216,7 +216,9 @@ def scale(atlas: Atlas) -> str:
         f"GPU hours, assuming {ASSUMED:,} passes a second",
     )
     reduced = [
-        f"{entry_link(atlas, id)} ({_options(row['options'])})" for id, row in cheapest.items() if row["options"]
+        f"{entry_link(atlas, id)} ({benchmark_pages.arguments(row['options'])})"
+        for id, row in cheapest.items()
+        if row["options"]
     ]
     said = [
         f"Hours = passes for one picture × {PICTURES:,} pictures × {MODELS} models × seconds for a pass ÷ 3600.",
@@ -233,10 +235,6 @@ def scale(atlas: Atlas) -> str:
         + f'<p class="vx-small">{" ".join(filter(None, said))}</p>'
         + provenance(atlas.results["cost"])
     )
-
-
-def _options(options: Mapping[str, Any]) -> str:
-    return escape(", ".join(f"{name}={value}" for name, value in options.items()))
 
 
 # --- what the hooks ask for --------------------------------------------------------------------------------------

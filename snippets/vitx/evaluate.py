@@ -7,6 +7,7 @@ own model and pictures; ``rows`` is what the benchmark runs.
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -581,7 +582,7 @@ def _of_data(settings: Settings) -> str:
 
 def _keep(path: Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
+    beside = path.with_suffix(f".{os.getpid()}.part")  # two workers may keep the same
     write(beside)
     beside.replace(path)
 

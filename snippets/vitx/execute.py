@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.progress import Progress
 
 from vitx import ATLAS, catalog
+from vitx.benchmark import end_with_parent
 
 if TYPE_CHECKING:
     from vitx.schema import Method
@@ -332,7 +334,7 @@ def _store_maps(wanted: list[tuple[str, str]]) -> None:
     threads = max(1, (os.cpu_count() or 1) // workers)
     with (
         Progress() as progress,
-        ProcessPoolExecutor(workers, get_context("spawn"), _use_threads, (threads,)) as pool,
+        ProcessPoolExecutor(workers, get_context("spawn"), _begin, (threads,)) as pool,
     ):
         task = progress.add_task(f"maps of {len(missing)} methods and worlds", total=len(missing))
         for done in as_completed([pool.submit(_store_map, *pair) for pair in missing]):
@@ -340,10 +342,12 @@ def _store_maps(wanted: list[tuple[str, str]]) -> None:
             progress.advance(task)
 
 
-def _use_threads(count: int) -> None:
+def _begin(threads: int) -> None:
+    """A worker ends with the build, however that ends."""
     import torch
 
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _store_map(id: str, world: str) -> None:

@@ -315,3 +315,25 @@ def target_probabilities(logits: Tensor, target: Tensor) -> Tensor:
 def area(shares: Tensor, values: Tensor) -> Tensor:
     """Area (B,) under curves through values (B, S) at ascending shares (S,), by the trapezoid rule."""
     return torch.trapezoid(values, shares.to(values))
+
+
+def value_at(shares: Tensor, values: Tensor, at: Tensor) -> Tensor:
+    """Values (B, n) between the steps of curves through values (B, S) at ascending shares (S,), linearly interpolated.
+
+    Args:
+        at: (n,) shares, greater than the first and at most the last.
+    """
+    right = torch.searchsorted(shares, at)  # (n,) first step that hides as much or more
+    weight = (at - shares[right - 1]) / (shares[right] - shares[right - 1])
+    return torch.lerp(values[:, right - 1], values[:, right], weight.to(values))
+
+
+def first_class_area(curve: Curve, target: Tensor) -> Tensor:
+    """Area (B,), 0 to 0.9, under "is the class still the first", read at 0, 0.1 ... 0.9 at the nearest step.
+
+    Source: Chefer, Gur, Wolf 2021 (CVPR), section 4, perturbation tests.
+    """
+    tenths = torch.arange(10, device=target.device) / 10
+    nearest = (curve.shares - tenths[:, None]).abs().argmin(1)  # (10,) steps of the curve
+    stands = (curve.logits.argmax(2) == target[:, None]).to(curve.logits)  # (B, S + 1)
+    return area(tenths, stands[:, nearest])

@@ -225,3 +225,8 @@ def test_scale_multiplies_what_was_measured() -> None:
     assert rows[0][1:] == ["6", "9.3e5", "258", "0.26"]  # 6.2 x 150,000 = 930,000 passes of 1 s: 258 hours
     assert rows[2][1:] == ["100", "1.5e7", "4,167", "4.2"]  # 100 x 150,000 passes; at 1,000 a second 4.17 hours
     assert "assumption and was not measured" in html
+
+
+def test_settings_that_are_not_the_default_are_named() -> None:
+    shown = text(criteria_pages.insert(prepared(), "scores-glyph"))
+    assert re.search(r"Not at default settings: .{0,9}Method 1 \(steps=3\) ?\.", shown)
