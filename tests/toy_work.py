@@ -62,11 +62,11 @@ def plan(method: str, criteria: Iterable[str], settings: Settings) -> dict[str, 
     return {"maps": PASSES.get(method, 1.0), "curves": float(len(list(criteria)))}
 
 
-def shared_jobs(settings: Settings) -> list[str]:
+def shared_jobs(criteria: Iterable[str], settings: Settings) -> list[str]:
     return [job for job in (said("shared") or "").split() if said(f"done-{job}") is None]
 
 
-def shared_passes(settings: Settings) -> dict[str, float]:
+def shared_passes(criteria: Iterable[str], settings: Settings) -> dict[str, float]:
     return {"single": 1000.0}
 
 

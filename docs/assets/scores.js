@@ -12,26 +12,15 @@ for (const block of document.querySelectorAll(".vx-score-block")) {
 
   // --- sort
 
-  function sort(column, descending) {
-    for (const head of heads) head.removeAttribute("aria-sort");
-    if (column) heads[column].ariaSort = descending ? "descending" : "ascending";
-    const number = (row) => parseFloat(row.cells[column].textContent);
-    const compare = (one, other) => {
-      const [a, b] = [number(one), number(other)];
-      if (isNaN(a) || isNaN(b)) return isNaN(a) - isNaN(b); // what has no value stands last
-      return descending ? b - a : a - b;
-    };
-    body.append(...(column ? [...rows].sort(compare) : rows));
-  }
-
   heads.forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = head.querySelector("span")?.textContent ?? "↕";
     button.setAttribute("aria-label", column ? `Sort by ${head.querySelector("a").textContent}` : "As catalogued");
     button.onclick = () => {
-      const best = head.dataset.better !== "down"; // the best value is the highest
-      sort(column, head.ariaSort ? head.ariaSort === "ascending" : best);
+      const sorted = head.getAttribute("aria-sort");
+      const descending = sorted ? sorted === "ascending" : head.dataset.better !== "down"; // the best value comes first
+      vitxTable.sort(table, rows, column || null, descending, (row) => parseFloat(row.cells[column].textContent));
     };
     head.querySelector("span")?.remove();
     head.append(button);
@@ -41,9 +30,9 @@ for (const block of document.querySelectorAll(".vx-score-block")) {
 
   function filter() {
     const { family, category, text } = form.elements;
-    const words = text.value.trim().toLowerCase();
+    const words = vitxTable.fold(text.value).split(" ");
     for (const row of methods) {
-      const named = `${name(row)} ${row.dataset.id}`.toLowerCase().includes(words);
+      const named = words.every((word) => vitxTable.fold(`${name(row)} ${row.dataset.id}`).includes(word));
       row.hidden = !named || (family.value && row.dataset.family !== family.value);
     }
     const hidden = heads.map((head, column) => column && category.value && head.dataset.category !== category.value);
@@ -66,11 +55,7 @@ for (const block of document.querySelectorAll(".vx-score-block")) {
         const [low, high, count, p = ""] = dataset.v.split(" ");
         lines.push([row.dataset.id, head.dataset.id, textContent, low, high, count, p].join(","));
       });
-    const save = document.createElement("a");
-    save.href = URL.createObjectURL(new Blob([lines.join("\n") + "\n"], { type: "text/csv" }));
-    save.download = `vitx-${block.dataset.name}.csv`;
-    save.click();
-    setTimeout(() => URL.revokeObjectURL(save.href), 1000);
+    vitxTable.save(`vitx-${block.dataset.name}.csv`, "text/csv", lines.join("\n") + "\n");
   };
 
   // --- what is behind a number

@@ -7,8 +7,8 @@ that workers can import it. It has
     rows(method, criteria, settings): yields, for every criterion, its name and a list of values for each picture, or
         its name and a sentence that says why there are none; may raise Unavailable;
     identity(method, criterion, settings): a hash of all that the rows depend on, in letters and digits;
-    shared_jobs(settings) -> names of what all methods share and nobody has computed yet; share(job, settings)
-        computes and keeps one; shared_passes(settings) -> {quantity: passes} of all of them;
+    shared_jobs(criteria, settings) -> names of what all methods share and nobody has computed yet; share(job, settings)
+        computes and keeps one; shared_passes(criteria, settings) -> {quantity: passes} of all of them;
     perhaps skips(method, criteria, settings) -> {criterion: why not}, for what is known before anything is computed.
 ``settings`` is a NamedTuple with fields data and model. A criterion may also be a series of values, a curve say.
 
@@ -192,8 +192,8 @@ def plan(methods: Iterable[str], criteria: Iterable[str], settings: Any, work: s
         result.skipped.update({(method, criterion): reason for criterion, reason in reasons.items()})
         if missing:
             shards.append(Shard(method, missing, passes))
-    jobs = module.shared_jobs(settings) if shards else []
-    each = sum(module.shared_passes(settings).values()) / len(jobs) if jobs else 0.0
+    jobs = module.shared_jobs(criteria, settings) if shards else []
+    each = sum(module.shared_passes(criteria, settings).values()) / len(jobs) if jobs else 0.0
     shared = tuple(Shard(job, (), each, shared=True) for job in jobs)
     return result._replace(shards=tuple(sorted(shards, key=lambda shard: -shard.passes)), shared=shared)
 

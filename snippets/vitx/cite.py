@@ -71,12 +71,17 @@ def _publication(paper: Paper) -> _Publication:
     return _Publication("conference" if _MEETING.search(whole) else "journal", whole, year)
 
 
+def paper_key(entry: Entry) -> str:
+    """Equal for two entries that rest on the same paper. Raises ``ValueError`` for an entry without a paper."""
+    paper = _paper(entry)
+    return paper.arxiv or paper.doi or re.sub(r"\W+", " ", paper.title).casefold()
+
+
 def _once(entries: Iterable[Entry]) -> list[tuple[Entry, list[str]]]:
     """Each paper once, under the entry that came first, with the ids of the other entries that share it."""
     found: dict[str, tuple[Entry, list[str]]] = {}
     for entry in entries:
-        paper = _paper(entry)
-        same = paper.arxiv or paper.doi or re.sub(r"\W+", " ", paper.title).casefold()
+        same = paper_key(entry)
         if same in found:
             first, others = found[same]
             if entry.id != first.id and entry.id not in others:
@@ -92,7 +97,7 @@ def _split(name: str) -> tuple[str, str]:
     return family.strip(), given.strip()
 
 
-def _link(paper: Paper) -> str | None:
+def address(paper: Paper) -> str | None:
     """The best address of the paper."""
     if paper.doi:
         return f"https://doi.org/{paper.doi}"
@@ -131,6 +136,8 @@ _CHARACTERS = {
     "~": r"{\textasciitilde}",
     "^": r"{\textasciicircum}",
     "ß": r"{\ss}",
+    "å": r"{\aa}",
+    "Å": r"{\AA}",
     "ø": r"{\o}",
     "Ø": r"{\O}",
     "ł": r"{\l}",
@@ -150,6 +157,14 @@ _CHARACTERS = {
     "”": "''",
     "\u00a0": "~",
 }
+# Signs that LaTeX prints only inside a formula, as their commands.
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi - pi rho - sigma tau upsilon phi chi psi "
+    "omega"
+)  # - where LaTeX has no command
+_FORMULAS = {chr(ord("α") + place): name for place, name in enumerate(_GREEK.split()) if name != "-"}
+_FORMULAS |= {_letter.upper(): _FORMULAS[_letter].title() for _letter in "γδθλξπσφψω"}  # the others look Latin
+_FORMULAS |= {"≠": "neq", "≤": "leq", "≥": "geq", "≈": "approx", "∈": "in", "∞": "infty", "→": "to", "∇": "nabla"}
 
 
 def _latex(text: str) -> str:
@@ -159,6 +174,8 @@ def _latex(text: str) -> str:
         base, *accents = unicodedata.normalize("NFD", character)
         if character in _CHARACTERS:
             written.append(_CHARACTERS[character])
+        elif character in _FORMULAS:
+            written.append(f"{{$\\{_FORMULAS[character]}$}}")
         elif len(accents) == 1 and accents[0] in _ACCENTS and base.isascii():
             letter = {"i": r"\i", "j": r"\j"}.get(base, base)
             written.append(f"{{\\{_ACCENTS[accents[0]]}{{{letter}}}}}")
@@ -209,7 +226,7 @@ def _bibtex_entry(entry: Entry, others: list[str]) -> str:
         "doi": paper.doi,
         "eprint": paper.arxiv,
         "archivePrefix": "arXiv" if paper.arxiv else None,
-        "url": _link(paper),
+        "url": address(paper),
         "ids": ", ".join(others) or None,
     }
     kind = {"conference": "inproceedings", "journal": "article", "preprint": "misc"}[where.kind]
@@ -245,8 +262,8 @@ def _csl_item(entry: Entry) -> dict:
         item["number"] = f"arXiv:{paper.arxiv}"
     if paper.doi:
         item["DOI"] = paper.doi
-    if link := _link(paper):
-        item["URL"] = link
+    if url := address(paper):
+        item["URL"] = url
     if "others" in paper.authors:
         item["note"] = "The author list is incomplete."
     return item
@@ -279,7 +296,7 @@ def apa(entry: Entry) -> str:
     title = paper.title if paper.title.endswith(("?", "!")) else paper.title + "."
     container = ("In " if where.kind == "conference" else "") + where.container + "." if where.container else ""
     stop = "" if authors.endswith(".") else "."
-    return " ".join(part for part in (f"{authors}{stop} ({where.year}).", title, container, _link(paper)) if part)
+    return " ".join(part for part in (f"{authors}{stop} ({where.year}).", title, container, address(paper)) if part)
 
 
 def _apa_name(name: str) -> str:

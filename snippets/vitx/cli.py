@@ -1,4 +1,4 @@
-"""The command line: list, show, cite, run, compare, bench, check, new. Only commands that need torch import it."""
+"""The command line, from list to diff. Only commands that need torch import it."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vitx import catalog, cite
-from vitx.schema import Method
+from vitx import catalog, cite, export
+from vitx.schema import KINDS, Criterion, Leaderboard, Method, ModelCard, Perspective, Tool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,39 +88,81 @@ def list_methods(
 
 @app.command()
 def show(id: Id) -> None:
-    """Show one entry, a method or a criterion: paper, classification, how it works."""
-    entry = catalog.entry(catalog.load(), id)
-    console.print(f"[bold]{_plain(entry.name)}[/bold]  ({entry.id})")
-    console.print(_plain(cite.apa(entry)) if entry.paper else "no paper of its own", soft_wrap=True)
+    """Show what the catalogue says of an id: a method, criterion, tool, leaderboard, perspective or model."""
+    for number, entry in enumerate(catalog.named(catalog.load(), id)):
+        if number:
+            console.print()
+        kind = next(kind for kind, record in KINDS.items() if record is type(entry))
+        console.print(f"[bold]{_plain(entry.name)}[/bold]  ({kind} {entry.id})")
+        if isinstance(entry, Method | Criterion):
+            console.print(_plain(cite.apa(entry)) if entry.paper else "no paper of its own", soft_wrap=True)
+        rows, texts = _facts(entry)
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, value in rows.items():
+            table.add_row(name, _plain(value))
+        console.print(table)
+        for text in filter(None, texts):
+            console.print()
+            console.print(_plain(text), soft_wrap=True)
+
+
+_YES_NO = {True: "yes", False: "no", None: "unknown"}
+
+
+def _facts(entry: Any) -> tuple[dict[str, str], list[str | None]]:
+    """What ``show`` says of an entry: short facts by name, and texts."""
+    if isinstance(entry, Tool):
+        runs = entry.runs_on_stock_timm
+        return {
+            "address": entry.url,
+            "licence": entry.licence or "unknown",
+            "holds": ", ".join(entry.methods),
+            "evaluates": _YES_NO[entry.evaluates],
+            "on a stock timm model": f"{runs.answer}. {runs.reason}",
+            "methods and criteria here": ", ".join(entry.implements) or "none",
+        }, [entry.vit_support, entry.note]
+    if isinstance(entry, Leaderboard):
+        ranking = [
+            f"{row.rank}. {row.model}: {row.score:g} {entry.unit} ({row.architecture}, {row.year})"
+            for row in entry.rows
+        ]
+        return {"metric": f"{entry.metric}, {entry.unit}", "as of": entry.as_of}, ["\n".join(ranking), entry.note]
+    if isinstance(entry, Perspective):
+        papers = [
+            f"{paper.title} ({f'{paper.authors}, ' if paper.authors else ''}{paper.year}). {paper.how}"
+            for paper in entry.later_papers
+        ]
+        rows = {"entries": ", ".join(entry.entries) or "none", "later papers": str(len(papers) or "none")}
+        return rows, [entry.description, "\n".join(papers), entry.here, entry.note]
+    if isinstance(entry, ModelCard):
+        return {
+            "architecture": entry.architecture,
+            "parameters": f"{entry.parameters:,}",
+            "input": f"{entry.input_size} x {entry.input_size}, {entry.classes} classes",
+            "measured": ", ".join(f"{name} {value:g}" for name, value in entry.metrics.items()),
+            "licence": entry.licence,
+        }, [entry.training, entry.limits]
     if isinstance(entry, Method):
-        text = entry.mechanism
         rows = {
             "family": f"{entry.family} / {entry.subfamily}",
             "motivation": f"{', '.join(entry.motivation.terms)}. {entry.motivation.text}",
             "tasks": ", ".join(entry.tasks),
             "needs": ", ".join(entry.needs),
-            "class-specific": {True: "yes", False: "no", None: "unknown"}[entry.class_specific],
+            "class-specific": _YES_NO[entry.class_specific],
             "output": entry.output,
             "code": f"{entry.code.url} ({entry.code.licence or 'licence unknown'})" if entry.code else "unknown",
         }
     else:
-        text = entry.definition
         rows = {
             "category": entry.category,
             "better": entry.better,
             "implemented in": ", ".join(entry.implemented_in) or "nowhere known",
         }
-    rows |= {
+    return rows | {
         "in the survey": entry.in_survey,
         "relations": ", ".join(f"{relation.type} {relation.id}" for relation in entry.relations) or "none",
         "snippet": entry.snippet or f"none: {entry.why_no_snippet}",
-    }
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in rows.items():
-        table.add_row(name, _plain(value))
-    console.print(table)
-    console.print()
-    console.print(_plain(text), soft_wrap=True)
+    }, [entry.mechanism if isinstance(entry, Method) else entry.definition]
 
 
 def _plain(text: str) -> str:
@@ -134,7 +176,7 @@ def _plain(text: str) -> str:
 def cite_methods(
     ids: Annotated[list[str] | None, typer.Argument(help="Catalogue ids.")] = None,
     family: Annotated[str | None, typer.Option(help="All methods of a family.")] = None,
-    format: Annotated[str, typer.Option(help="bibtex, csl-json or apa.")] = "bibtex",
+    format: Annotated[str, typer.Option(help="bibtex, csl-json, apa or csv.")] = "bibtex",
 ) -> None:
     """Print citations of methods and criteria, of a family, or of all methods."""
     loaded = catalog.load()
@@ -147,8 +189,10 @@ def cite_methods(
         typer.echo(cite.csl_json(entries), nl=False)
     elif format == "apa":
         typer.echo("\n".join(cite.apa(entry) for entry in entries))
+    elif format == "csv":
+        typer.echo(export.csv_text(entries), nl=False)
     else:
-        raise ValueError(f'the format is bibtex, csl-json or apa, not "{format}"')
+        raise ValueError(f'the format is bibtex, csl-json, apa or csv, not "{format}"')
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -368,7 +412,7 @@ def bench(
     download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
     scenes: Annotated[int | None, typer.Option(min=2, help="Pictures; 128 glyph scenes, 100 others.")] = None,
     masking: Annotated[Masking | None, typer.Option(help="How patches are hidden; drop if left out.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="16 glyph scenes, in minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few glyph scenes and coarse settings, in minutes.")] = False,
     engine: Annotated[Engine, typer.Option(help="Processes of this machine, or Ray.")] = Engine.local,
     workers: Annotated[int | None, typer.Option(min=1, help="Methods at once; one for each core if left out.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
@@ -471,7 +515,7 @@ def _benchmark(
             catalog.snippet_path(catalog.get(catalog.load(), id).id)
             raise ValueError(f"{id} gives no heat map of any classifier, so this benchmark cannot judge it")
     evaluate.count_passes(methods)
-    wanted = [*criteria, *evaluate.SERIES]
+    wanted = [*criteria, *evaluate.series(criteria)]
     if dry_run:
         console.print(benchmark.describe(benchmark.plan(methods, wanted, settings)), highlight=False)
         return
@@ -504,6 +548,7 @@ def _benchmark(
 @app.command()
 def check(
     run: Annotated[bool, typer.Option("--run", help="Also execute every snippet that has changed.")] = False,
+    links: Annotated[bool, typer.Option("--links", help="Also look every address up; takes minutes.")] = False,
 ) -> None:
     """Check the catalogue and what belongs to it; every problem is one line with file and line."""
     problems = catalog.check()
@@ -515,6 +560,8 @@ def check(
     loaded = catalog.load()
     methods = loaded.methods
     console.print(f"{len(methods)} methods and {len(loaded.criteria)} criteria, no problems", highlight=False)
+    if links:
+        _check_links()
     if run:
         from vitx import execute
 
@@ -523,14 +570,105 @@ def check(
         console.print(f"{len(notebooks)} snippets run", highlight=False)
 
 
+def _check_links() -> None:
+    """Look up every address of the catalogue. Raises ``ValueError`` where there is no network."""
+    from rich.progress import Progress
+
+    from vitx import links
+
+    places = links.addresses()
+    with Progress(transient=True, console=console) as progress:
+        task = progress.add_task("addresses", total=len(places))
+        answers = links.look_up(list(places), lambda: progress.advance(task))
+    for line in links.report(places, answers, links.State.DEAD):
+        typer.echo(line)
+    for line in links.report(places, answers, links.State.UNDECIDED):
+        typer.echo(line, err=True)
+    count = {state: sum(answer.state == state for answer in answers.values()) for state in links.State}
+    console.print(
+        f"{len(places)} addresses: {count[links.State.ALIVE]} answer, {count[links.State.DEAD]} are dead, "
+        f"{count[links.State.UNDECIDED]} do not let a program decide",
+        highlight=False,
+    )
+    if count[links.State.DEAD]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    old: Annotated[str, typer.Argument(help="A folder catalog/, or a git revision of this repository.")],
+    new: Annotated[str, typer.Argument(help="The same, of the later version.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the changes as JSON.")] = False,
+) -> None:
+    """Say what changed in vocabularies and entries between two versions, as Markdown for release notes."""
+    from vitx import changes
+
+    found = changes.compare(changes.read(old), changes.read(new))
+    typer.echo(changes.as_json(found) if as_json else changes.markdown(found, old, new), nl=False)
+
+
 @app.command()
 def new(
-    id: Annotated[str, typer.Argument(help="Id of the new method: lower case, words joined by hyphens.")],
-    family: Annotated[str, typer.Option(help="attribution, attention, pruning, inherent or tasks.")],
+    id: Annotated[str, typer.Argument(help="Id of the new entry: lower case, words joined by hyphens.")],
+    family: Annotated[str | None, typer.Option(help="attribution, attention, pruning, inherent or tasks.")] = None,
+    criterion: Annotated[bool, typer.Option("--criterion", help="A criterion of evaluation, not a method.")] = False,
+    title: Annotated[str | None, typer.Option(help="Title of the paper.")] = None,
+    arxiv: Annotated[str | None, typer.Option(help="arXiv identifier or address of the paper.")] = None,
+    doi: Annotated[str | None, typer.Option(help="DOI or address of the paper.")] = None,
+    bibtex: Annotated[Path | None, typer.Option(help="File with the BibTeX of the paper, one entry.")] = None,
 ) -> None:
-    """Write the skeleton of an entry, a snippet and a test; `vitx check` lists what is left to fill in."""
-    from vitx import scaffold
+    """Write the skeleton of an entry, a snippet and a test; `vitx check` lists what is left to fill in.
 
-    for path in scaffold.new(id, family):
+    At a terminal it asks for what is not given. arXiv or doi.org are asked for the facts of the paper.
+    """
+    from vitx import metadata, scaffold
+
+    if sum(value is not None for value in (arxiv, doi, bibtex)) > 1:
+        raise ValueError("give one of --arxiv, --doi and --bibtex")
+    if criterion and family:
+        raise ValueError("a criterion has no family; give either --family or --criterion")
+    scaffold.check_new(id)
+    asks = sys.stdin.isatty()
+    if family is None and not criterion:
+        families = [term.id for term in catalog.read_taxonomy().families]
+        if not asks:
+            raise ValueError(f"--family is missing; give one of {', '.join(families)}, or --criterion")
+        family = typer.prompt(f"Family ({', '.join(families)})", value_proc=lambda word: _one_of(families, word))
+    name = doi if arxiv is None else arxiv
+    if asks and name is None and bibtex is None and title is None:
+        name = _ask("arXiv identifier, DOI or BibTeX file of the paper")
+        if name and Path(name).is_file():
+            name, bibtex = None, Path(name)
+    if bibtex is not None:
+        work = metadata.read_bibtex(bibtex)
+    elif name is not None:
+        work = metadata.identify(name)
+        scaffold.check_new(id, work=work)
+        try:
+            with console.status("asking for the facts of the paper"):
+                work = metadata.complete(work)
+        except metadata.NoAnswer as error:
+            typer.echo(f"{error}; the entry keeps {work.arxiv or work.doi} and marks what to fill in")
+    elif asks and title is None:
+        names = "Authors, as Family, Given; Family, Given"
+        work = metadata.by_hand(_ask("Title of the paper"), _ask(names), _ask("Year"))
+    else:
+        work = metadata.Work()
+    if title:
+        work = work._replace(title=metadata.clean(title))
+    paths = scaffold.new_criterion(id, work=work) if criterion else scaffold.new(id, str(family), work=work)
+    for path in paths:
         console.print(f"wrote {path}", highlight=False)
     console.print("`vitx check` lists what is left to do, with file and line", highlight=False)
+
+
+def _ask(text: str) -> str | None:
+    """What is answered at the terminal; None for an empty line."""
+    return typer.prompt(f"{text} (empty: not known)", default="", show_default=False).strip() or None
+
+
+def _one_of(words: list[str], word: str) -> str:
+    """The word; at the prompt it is asked for again where it is another."""
+    if word not in words:
+        raise typer.BadParameter(f'"{word}" is not one of them')
+    return word

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from vitx import benchmark_pages, cite, pages
+from vitx import benchmark_pages, cite, contribute, pages
 from vitx.findings import findings
 from vitx.markup import Figure, code_block, heading, inline, link, markdown_html, number, picture, small, table
 from vitx.pages import Atlas, Page, entry_link, facts, provenance
@@ -140,7 +140,7 @@ def criterion_page(atlas: Atlas, id: str, code: str | None, figure: Figure | Non
     else:
         parts.append(
             f'<p class="vx-missing">No code here yet. {inline(criterion.why_no_snippet or "")} '
-            '<a href="/contributing/">Contribute it</a>.</p>'
+            f"{contribute.snippet_link(contribute.repository(atlas.citation), criterion)}.</p>"
         )
     parts += [heading(2, "relations", "Relations"), pages.relations(atlas, criterion)]
     if criterion.paper:

@@ -8,6 +8,7 @@ own model and pictures; ``rows`` is what the benchmark runs.
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -412,14 +413,33 @@ def function_of(criterion: str) -> Callable:
     return SERIES[criterion] if criterion in SERIES else load_module(criterion).score
 
 
+def series(criteria: Iterable[str]) -> list[str]:
+    """The series that cost nothing beside criteria: all that they read is computed anyway."""
+    read = {"relevance"}.union(*(needs(function_of(name)) for name in criteria))
+    return [name for name, function in SERIES.items() if needs(function) & QUANTITIES.keys() <= read]
+
+
 def counts(method: str, settings: Settings) -> tuple[int, int]:
-    """How many pictures a method explains once and again, which depends on its passes; at least two."""
-    passes = explanation_passes(method)
+    """How many pictures a method explains once and again; at least two.
+
+    It depends on its passes; but on its time in passes, as cost.json has it, where that is more than ten times as many,
+    for a method that takes one pass and computes for long after it.
+    """
+    passes, time = explanation_passes(method), _time_in_passes().get(method, 0.0)
+    passes = time if time > 10 * passes else passes
     if passes <= settings.cheap:
         return settings.pictures, settings.pictures
     if passes <= settings.costly:
         return settings.pictures, min(settings.few, settings.pictures)
     return max(2, settings.pictures // 4), max(2, min(settings.few // 2, settings.pictures // 4))
+
+
+@cache
+def _time_in_passes() -> dict[str, float]:
+    """Measured time of an explanation of one picture over that of a forward pass, for methods that have cost rows."""
+    rows = json.loads(cost.RESULT.read_text())["rows"] if cost.RESULT.is_file() else []
+    ours = [row for row in rows if row["by"] == "vitx" and not row["options"] and "failed" not in row]
+    return {row["method"]: row["forwards"]["1"] for row in ours if "1" in row["forwards"]}
 
 
 def options(method: str) -> dict[str, Any]:
@@ -527,50 +547,57 @@ def chunks(count: int, few: int) -> Iterator[tuple[int, int]]:
     return pairwise(sorted({0} | ends))
 
 
-def shared_jobs(settings: Settings) -> list[str]:
-    """Names of the parts of what all methods share that are not kept yet."""
-    ranges = chunks(settings.pictures, settings.pictures)
-    return [f"{start}-{stop}" for start, stop in ranges if not _shared_file(settings, start, stop).is_file()]
+_OF_PICTURES = {"single": "logits", "sets": "logits", "shapley": "values"}  # their field with a row for each picture
+
+
+def shared_jobs(criteria: Iterable[str], settings: Settings) -> list[str]:
+    """Names of the parts of what all methods share, and criteria read, that are not kept yet."""
+    ranges = list(chunks(settings.pictures, settings.pictures))
+    return [
+        f"{name} {start}-{stop}"
+        for name in _shared_names(criteria)
+        for start, stop in ranges
+        if not _shared_file(settings, name, start, stop).is_file()
+    ]
+
+
+def _shared_names(criteria: Iterable[str]) -> list[str]:
+    read = set().union(*(needs(function_of(name)) for name in criteria))
+    return [name for name in SHARED if name in read]
 
 
 def share(job: str, settings: Settings) -> None:
     """Compute and keep one of ``shared_jobs``."""
-    start, stop = (int(n) for n in job.split("-"))
-    study = Study(**given(settings, start, stop))
-    found = {
-        "logits": study("logits"),
-        "empty_logits": study("empty_logits"),
-        "single": study("single").logits,
-        "sets": study("sets").logits,
-        "shapley": study("shapley").values,
-    }
-    tensors = {name: tensor.clone().contiguous() for name, tensor in found.items()}
-    _keep(_shared_file(settings, start, stop), lambda beside: save_file(tensors, beside))
+    name, start, stop = re.fullmatch(r"(\w+) (\d+)-(\d+)", job).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    found = Study(**given(settings, int(start), int(stop)))(name)
+    tensor = getattr(found, _OF_PICTURES[name]) if name in _OF_PICTURES else found
+    kept = {name: tensor.clone().contiguous()}
+    _keep(_shared_file(settings, name, int(start), int(stop)), lambda beside: save_file(kept, beside))
 
 
-def shared(settings: Settings, start: int, stop: int) -> dict[str, Any]:
-    """The quantities that all methods share, from what is kept."""
-    path = _shared_file(settings, start, stop)
+def shared(settings: Settings, name: str, start: int, stop: int) -> Any:
+    """A quantity that all methods share, from what is kept."""
+    path = _shared_file(settings, name, start, stop)
     if not path.is_file():
-        share(f"{start}-{stop}", settings)
-    kept = load_file(path, device=_device())
+        share(f"{name} {start}-{stop}", settings)
+    kept = load_file(path, device=_device())[name]
     opened, loaded = opened_data(settings)
     shape = grid(loaded.model, opened.images)  # type: ignore[arg-type]
-    hidden = removal.random_sets(shape[0] * shape[1], SET_SIZES, SET_REPEATS, SEED)
-    return {
-        "logits": kept["logits"],
-        "empty_logits": kept["empty_logits"],
-        "single": removal.Single(kept["single"]),
-        "sets": removal.Sets(hidden.to(_device()), kept["sets"]),
-        "shapley": removal.Groups(removal.shapley_groups(shape, SIDE).to(_device()), kept["shapley"]),
-    }
+    if name == "single":
+        return removal.Single(kept)
+    if name == "sets":
+        hidden = removal.random_sets(shape[0] * shape[1], SET_SIZES, SET_REPEATS, SEED)
+        return removal.Sets(hidden.to(_device()), kept)
+    if name == "shapley":
+        return removal.Groups(removal.shapley_groups(shape, SIDE).to(_device()), kept)
+    return kept
 
 
-def _shared_file(settings: Settings, start: int, stop: int) -> Path:
-    key = execute.key(
-        _of_data(settings), source=f"from vitx.evaluate import {', '.join(SHARED)}, SIDE, SET_SIZES, SET_REPEATS"
-    )
-    return cache_dir() / "benchmark" / "shared" / f"{key}-{start}-{stop}.safetensors"
+def _shared_file(settings: Settings, name: str, start: int, stop: int) -> Path:
+    opened, _ = opened_data(settings)
+    about = f"{settings.model} {opened.sha256} {settings.masking}"
+    key = execute.key(about, source=f"from vitx.evaluate import {name}, SIDE, SET_SIZES, SET_REPEATS")
+    return cache_dir() / "benchmark" / "shared" / f"{name}-{key}-{start}-{stop}.safetensors"
 
 
 @lru_cache(4)
@@ -596,12 +623,13 @@ def rows(method: str, criteria: Iterable[str], settings: Settings) -> Iterator[t
     again = {name for name, function in wanted.items() if needs(function) & AGAIN.keys()}
     count, few = counts(method, settings)
     found: dict[str, list[list[float]]] = {name: [] for name in wanted}
+    names = _shared_names(wanted)
     refused: dict[str, str] = {}
     for start, stop in chunks(count, few):
         about = given(settings, start, stop)
         if method == "object-mask" and "inside" in about:
             about["relevance"] = about["inside"]
-        study = Study(explain=explainer(method), **about, **_shared_part(settings, start, stop))
+        study = Study(explain=explainer(method), **about, **_shared_part(settings, names, start, stop))
         for name, function in wanted.items():
             if name in refused or (name in again and start >= few):
                 continue
@@ -615,17 +643,16 @@ def rows(method: str, criteria: Iterable[str], settings: Settings) -> Iterator[t
         yield name, refused[name] if name in refused else found[name]
 
 
-def _shared_part(settings: Settings, start: int, stop: int) -> dict[str, Any]:
+def _shared_part(settings: Settings, names: Iterable[str], start: int, stop: int) -> dict[str, Any]:
     """``shared`` of pictures start to stop, out of the chunk in which they were computed."""
     whole = next((a, b) for a, b in chunks(settings.pictures, settings.pictures) if a <= start and stop <= b)
-    kept = shared(settings, *whole)
+    kept = {name: shared(settings, name, *whole) for name in names}
     cut = slice(start - whole[0], stop - whole[0])
     return {
-        "logits": kept["logits"][cut],
-        "empty_logits": kept["empty_logits"][cut],
-        "single": removal.Single(kept["single"].logits[cut]),
-        "sets": removal.Sets(kept["sets"].hidden, kept["sets"].logits[cut]),
-        "shapley": removal.Groups(kept["shapley"].group, kept["shapley"].values[cut]),
+        name: value._replace(**{_OF_PICTURES[name]: getattr(value, _OF_PICTURES[name])[cut]})
+        if name in _OF_PICTURES
+        else value[cut]
+        for name, value in kept.items()
     }
 
 
@@ -680,8 +707,8 @@ def _known(given: dict[str, Any], name: str) -> bool:
     return name in QUANTITIES or not isinstance(given.get(name, Unavailable()), Unavailable)
 
 
-def shared_passes(settings: Settings) -> dict[str, float]:
-    """Passes that what all methods share will take, by name."""
+def shared_passes(criteria: Iterable[str], settings: Settings) -> dict[str, float]:
+    """Passes that what all methods share, and criteria read, will take, by name."""
     opened, loaded = opened_data(settings)
     rows, columns = grid(loaded.model, opened.images)  # type: ignore[arg-type]
     each = {
@@ -691,4 +718,4 @@ def shared_passes(settings: Settings) -> dict[str, float]:
         "sets": SET_SIZES * SET_REPEATS,
         "shapley": 2 ** (SIDE * SIDE),
     }
-    return {name: float(count * settings.pictures) for name, count in each.items()}
+    return {name: float(each[name] * settings.pictures) for name in _shared_names(criteria)}

@@ -174,11 +174,14 @@ def _versions() -> str:
 def snippet_key(id: str) -> str:
     """Key of one snippet: its script and entry, and the kit that it uses.
 
-    For a method also the script that builds its model; for a criterion the methods and models that its demo names.
+    For a method also the script that builds its model; for a criterion the methods and models that its demo names; for
+    the example of a perspective the methods that it names.
     """
     atlas = catalog.load()
-    entry = catalog.entry(atlas, id)
-    source = (ATLAS / str(entry.snippet)).read_text()
+    source = (ATLAS / str(catalog.runnable(atlas)[id].snippet)).read_text()
+    if id in atlas.perspectives:
+        named = [method_key(name) for name, one in atlas.methods.items() if one.snippet and f'"{name}"' in source]
+        return key(ATLAS / "catalog" / "perspectives" / f"{id}.yml", *named, source=source)
     if id in atlas.criteria:
         kit = "\n".join(kit_pieces(source).values())
         shown = [snippet_key(name) for name, one in atlas.methods.items() if one.snippet and f'"{name}"' in kit]
@@ -246,7 +249,7 @@ def _execute(id: str, path: Path) -> str | None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    script = ATLAS / str(catalog.entry(catalog.load(), id).snippet)
+    script = ATLAS / str(catalog.runnable(catalog.load())[id].snippet)
     notebook = jupytext.reads(script.read_text(), fmt="py:percent")
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     for number, cell in enumerate(notebook.cells):

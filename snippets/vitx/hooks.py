@@ -19,8 +19,26 @@ from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
 from mkdocs.structure.toc import get_toc
 
-from vitx import ATLAS, catalog, criteria_pages, execute, markup, notebook_html, pages, reference_pages
-from vitx.schema import Method
+from vitx import (
+    ATLAS,
+    browse_pages,
+    catalog,
+    contribute,
+    coverage_pages,
+    criteria_pages,
+    execute,
+    export,
+    history_pages,
+    jsonld,
+    languages,
+    map_pages,
+    markup,
+    notebook_html,
+    pages,
+    reference_pages,
+    reported_pages,
+)
+from vitx.schema import Criterion, Method
 
 log = logging.getLogger("mkdocs.vitx")
 
@@ -28,19 +46,35 @@ _atlas: pages.Atlas
 _generated: dict[str, pages.Page] = {}  # by address
 _notebooks: dict[str, Path] = {}  # executed snippets, by method or criterion
 _figures: dict[str, list[markup.Figure]] = {}  # their pictures
-_PAGES = {"methods": pages.method_page, "criteria": criteria_pages.criterion_page}  # by folder
+_written: list[str] = []  # files of the pages, below the root of the site
+_phrases: catalog.Phrases
+_words: languages.Words
+_PAGES = {  # by folder
+    "methods": pages.method_page,
+    "criteria": criteria_pages.criterion_page,
+    "perspectives": reference_pages.example_page,
+}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Read the catalogue and the results, and build the navigation."""
-    global _atlas
+    global _atlas, _phrases, _words
     logging.getLogger("mkdocs.plugins.mkdocs_jupyter").setLevel(logging.WARNING)  # a line for each notebook
     try:
         read = catalog.load()
         results = {path.stem: _read_json(path) for path in sorted((ATLAS / "catalog" / "results").glob("*.json"))}
         citation = catalog.parse((ATLAS / "CITATION.cff").read_text(encoding="utf-8"))[0].data
+        if config.extra.get("repository"):  # that in which the site is built
+            citation["repository-code"] = config.extra["repository"]
+        contribute.repository(citation)
+        theme = next(path for folder in config.theme.dirs if (path := Path(folder) / "partials" / "languages").is_dir())
+        known = languages.theme_phrases(*((theme / f"{name}.html").read_text("utf-8") for name in languages.NAMES))
+        known |= languages.taxonomy_phrases(read.taxonomy)
+        _phrases = catalog.read_phrases("zh")
+        _words = languages.compiled(_phrases.pages, known)
     except (ValueError, OSError) as error:  # all of them say which file
         raise PluginError(str(error)) from error
+    _written.clear()
     _atlas = pages.prepare(read, results, {}, citation)
     config.nav = [
         {"Home": "index.md"},
@@ -49,6 +83,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
                 {"By family": "mindmap/index.md"},
                 {"By motivation": "mindmap/motivation.md"},
                 {"By task": "mindmap/task.md"},
+                {"By year": "mindmap/year.md"},
+                {"By needs": "mindmap/needs.md"},
+                {"Timeline": "timeline.md"},
+                {"Who extends whom": "lineage.md"},
             ]
         },
         {"Browse": "browse.md"},
@@ -73,6 +111,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             "Evaluation": [
                 {"Criteria": "criteria/index.md"},
                 {"Benchmark": "benchmark.md"},
+                {"What papers report": "reported.md"},
                 {"Beyond one machine": "scale.md"},
             ]
         },
@@ -84,7 +123,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             ]
         },
         {"How to read a map": "how-to-read.md"},
-        {"Contribute": "contributing.md"},
+        {"Contribute": ["contributing.md", {"Coverage": "coverage.md"}]},
         {
             "About": [
                 {"About": "about.md"},
@@ -122,7 +161,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         add(uri, content=data)
         return markup.Figure(f"/{uri}", *notebook_html.picture_size(data), alt)
 
-    entries = {**_atlas.catalog.methods, **_atlas.catalog.criteria}
+    examples = {id: one for id, one in _atlas.catalog.perspectives.items() if one.snippet}
+    entries = {**_atlas.catalog.methods, **_atlas.catalog.criteria, **examples}
     try:
         drawn = execute.figures()
         executed = execute.notebooks([id for id, entry in entries.items() if entry.snippet])
@@ -134,7 +174,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     reads = {id: criteria_pages.reads(path.read_text(encoding="utf-8")) for id, path in snippets.items()}
     _atlas = _atlas._replace(figures=figures, reads=reads)
     _generated.clear()
-    for page in [*pages.render(_atlas), *criteria_pages.render(_atlas), *reference_pages.render(_atlas)]:
+    for page in [
+        *pages.render(_atlas),
+        *map_pages.render(_atlas),
+        *browse_pages.render(_atlas),
+        *criteria_pages.render(_atlas),
+        *reference_pages.render(_atlas),
+        *history_pages.render(_atlas),
+        *reported_pages.render(_atlas),
+        *coverage_pages.render(_atlas),
+    ]:
         _generated[page.path] = page
         folder = page.path.rstrip("/")
         name = "index" if folder in ("mindmap", "families", "criteria") else ""
@@ -149,7 +198,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             add(entry.snippet, abs_src_path=str(ATLAS / entry.snippet))
         path = _notebooks.get(id)
         if path:
-            alt = pages.picture_text(entry) if isinstance(entry, Method) else criteria_pages.picture_text(entry)
+            alt = pages.picture_text(entry) if isinstance(entry, Method) else f"{entry.name}: what the code shows"
+            if isinstance(entry, Criterion):
+                alt = criteria_pages.picture_text(entry)
             add(f"{place}.ipynb", abs_src_path=str(path))
             _figures[id] = [
                 add_figure(f"{place}/figure-{n}.{shown.extension}", shown.data, shown.alt or alt)
@@ -160,7 +211,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 _fault(config, f"{entry.snippet} was not executed; its page has no code")
             add(f"{place}.md", content="")
 
+    for place, text in pages.moved(_atlas, config.site_url or "").items():
+        add(f"{place}index.html", content=text)
     add("catalog.json", content=_catalog_json(_atlas))
+    for name, text in export.files(_atlas.catalog).items():
+        add(name, content=text)
     for path in sorted((ATLAS / "catalog" / "schema").glob("*.json")):
         add(f"schema/{path.name}", abs_src_path=str(path))
     return files
@@ -198,6 +253,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         made = _PAGES[folder](_atlas, id, code, figure)
     else:
         made = _generated.get(page.url)
+    nodes = _described(made, page, files, config.site_url or "")
+    page.meta["jsonld"] = jsonld.script(*nodes) if nodes else ""
     if made is None:
         try:
             return _INSERT.sub(lambda match: criteria_pages.insert(_atlas, match[1]), html)
@@ -217,14 +274,36 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     return made.html
 
 
+def _described(made: pages.Page | None, page: Page, files: Files, site: str) -> list[jsonld.Node]:
+    """What the page says to machines."""
+    folder, _, id = page.url.strip("/").rpartition("/")
+    if page.is_homepage:
+        return jsonld.home(_atlas, site, [name for name in jsonld.FORMATS if files.get_file_from_path(name)])
+    if made and made.path == "vocabulary/":
+        return jsonld.vocabulary(_atlas, site)
+    return jsonld.entry(_atlas, id, site, made.description) if made and folder in ("methods", "criteria") else []
+
+
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    return markup.relative_links(output, page.file.dest_uri)
+    path = page.file.dest_uri
+    _written.append(path)
+    return markup.relative_links(languages.linked(output, path, config.site_url or ""), path)
 
 
 @event_priority(-100)  # after the search index is written
 def on_post_build(config: MkDocsConfig) -> None:
-    """Search from a folder, and no address of another host in the theme's scripts."""
+    """Chinese pages, search from a folder, and no address of another host in the theme's scripts."""
     site = Path(config.site_dir)
+    for path in _written:
+        html = (site / path).read_text(encoding="utf-8")
+        place = site / languages.FOLDER / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(
+            languages.twin(html, path, _words, frozenset(_written), config.site_url or ""), encoding="utf-8"
+        )
+    script = site / languages.SCRIPT
+    script.write_text(languages.script(_phrases.scripts, script.read_text(encoding="utf-8")), encoding="utf-8")
+
     index = site / "search" / "search_index.json"
     content = json.loads(index.read_text(encoding="utf-8"))
     for entry in content["docs"]:

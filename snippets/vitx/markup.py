@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from html import escape, unescape
+from html.entities import html5
 from typing import Any, NamedTuple
 
 import markdown
@@ -40,11 +41,18 @@ MATH = re.compile(
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private characters that stand for a formula while Markdown is at work
 
 
+# Deep nesting ends the whole process inside math-core (about 4,000 braces do); the longest formula here has 503.
+_LONGEST_FORMULA = 1000
+_MACRO = re.compile(r"\\(?:def|newcommand|renewcommand|providecommand)(?![A-Za-z])")  # a few make megabytes of MathML
+
+
 def math(latex: str, *, display: bool) -> str:
     """LaTeX as MathML; what cannot be read is shown as it is, in ``<code class="vx-bad-math">``."""
     try:
+        if len(latex) > _LONGEST_FORMULA or _MACRO.search(latex):
+            raise ValueError(f"longer than {_LONGEST_FORMULA} characters, or with a macro of its own")
         mathml = _converter.convert_with_local_state(latex.strip(), displaystyle=display)
-    except math_core.LatexError as error:
+    except (math_core.LatexError, ValueError) as error:
         problem = str(error).strip().splitlines()[0]
         return f'<code class="vx-bad-math" title="{escape(problem)}">{escape(latex)}</code>'
     if not display:
@@ -65,17 +73,42 @@ def _markdown() -> markdown.Markdown:
 
 def _safe_href(match: re.Match[str]) -> str:
     """Keep an address that leads to a page; blank any other (javascript:, data:, ...)."""
-    address = re.sub(r"[\x00-\x20]", "", unescape(match[1]))
+    address = re.sub(r"[\x00-\x20]", "", unescape(match[1])).replace("\\", "/")  # as browsers read it
     safe = re.match(r"(https?:|mailto:|#|/(?!/)|[^:/?#]+(?:[/?#]|$)|$)", address, re.IGNORECASE)
     return match[0] if safe else 'href="#"'
+
+
+# What no text of HTML may hold, and the private characters.
+_NO_TEXT = re.compile(
+    f"[{_OPEN}{_CLOSE}\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef"
+    + "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
+    + "]"
+)
+_ENTITY = re.compile(r"&(#?\w+);")
+
+
+def _known_entity(match: re.Match[str]) -> str:
+    """``&copy;`` and ``&#169;`` stay; ``&nonsense;`` and ``&#1;``, which HTML does not know, are shown as they are."""
+    name = match[1]
+    try:
+        code = int(f"0{name[1:]}", 16 if name[1:2] in ("x", "X") else 10) if name[0] == "#" and len(name) < 9 else 0
+        known = (code > 0x1F and not _NO_TEXT.match(chr(code))) or f"{name};" in html5
+    except (ValueError, OverflowError):
+        known = False
+    return match[0] if known else f"&amp;{match[0][1:]}"
+
+
+_MOST_BRACKETS = 500  # that open: Python-Markdown takes time in their square
+_FENCED = re.compile(r"<pre[^<>]*><code[^<>]*>")
 
 
 def markdown_html(text: str, places: Mapping[str, str] = {}) -> str:
     """Markdown with ``$...$`` and ``$$...$$`` as HTML. HTML in ``text`` shows as text; pictures are not loaded.
 
-    A code span that is one of ``places``, id -> address, becomes a link to it.
+    A code span that is one of ``places``, id -> address, becomes a link to it. Text that Markdown cannot take apart,
+    as it is nested too deeply, is shown as it is.
     """
-    formulas: list[str] = []
+    formulas: list[tuple[str, str]] = []  # MathML and LaTeX
 
     def keep(match: re.Match[str]) -> str:
         if match["code"]:
@@ -83,13 +116,23 @@ def markdown_html(text: str, places: Mapping[str, str] = {}) -> str:
         if match["dollar"]:
             return "$"
         display = match["display"]
-        formulas.append(math(display or match["inline"], display=display is not None))
+        formulas.append((math(display or match["inline"], display=display is not None), match[0]))
         return f"{_OPEN}{len(formulas) - 1}{_CLOSE}"
 
-    text = re.sub(f"[{_OPEN}{_CLOSE}\x02\x03]", "", text)
-    html = _markdown().reset().convert(MATH.sub(keep, text))
+    text = _NO_TEXT.sub("", text)
+    if text.count("[") > _MOST_BRACKETS:
+        text = text.replace("[", "\\[")
+    try:
+        html = _markdown().reset().convert(MATH.sub(keep, text))
+    except RecursionError:
+        _markdown.cache_clear()  # this converter still believes itself inside the list
+        return f"<p>{escape(text)}</p>"
     html = re.sub(r'href="([^"]*)"', _safe_href, html)
-    html = re.sub(f"{_OPEN}(\\d+){_CLOSE}", lambda match: formulas[int(match[1])], html)
+    html = _ENTITY.sub(_known_entity, html)
+    html = _FENCED.sub("<pre><code>", html)  # a text may not choose an id or a class
+    kept = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+    html = _TAG.sub(lambda tag: kept.sub(lambda match: escape(formulas[int(match[1])][1]), tag[0]), html)
+    html = kept.sub(lambda match: formulas[int(match[1])][0], html)
     if places:
         html = re.sub(
             r"(?<!<pre>)<code>([a-z0-9-]+)</code>",
@@ -100,9 +143,10 @@ def markdown_html(text: str, places: Mapping[str, str] = {}) -> str:
 
 
 def inline(text: str) -> str:
-    """One paragraph of Markdown without the paragraph around it."""
+    """Markdown of one paragraph, without the paragraph around it; text that makes anything else is shown as it is."""
+    text = _NO_TEXT.sub("", re.sub(r"\s+", " ", text))
     html = markdown_html(text)
-    return html[3:-4] if html.startswith("<p>") and html.count("<p>") == 1 and html.endswith("</p>") else html
+    return html[3:-4] if html.startswith("<p>") and html.count("<p>") == 1 and html.endswith("</p>") else escape(text)
 
 
 def formula(match: re.Match[str]) -> str:

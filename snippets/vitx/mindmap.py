@@ -1,16 +1,18 @@
-"""The mind map: catalogue in, one SVG or one nested list out. Pure text, no mkdocs, no script.
+"""The mind map: catalogue in, one drawing (SVG) and one nested list out. Pure text, no mkdocs.
 
-Colours, fonts and the choice between the two layouts come from docs/assets/vitx.css, so that one drawing serves
-light and dark. Lengths are CSS pixels at scale one.
+The list is what docs/assets/mindmap.js turns into a tree that opens and closes, what a phone shows, and the outline
+for those without scripts; the drawing is the map without scripts. Colours and fonts come from docs/assets/vitx.css, so
+that one text serves light and dark. Lengths are CSS pixels at scale one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Literal, NamedTuple
 
-from vitx.schema import Catalog, Method
+from vitx.markup import link
+from vitx.schema import Catalog, Method, Term
 
-Axis = Literal["family", "motivation", "task"]
+Axis = Literal["family", "motivation", "task", "year", "needs"]
 
 
 class Node(NamedTuple):
@@ -22,6 +24,7 @@ class Node(NamedTuple):
     colour: int = 0
     title: str = ""  # shown on hover and read aloud
     hollow: bool = False  # a method without a snippet
+    id: str = ""  # of a branch, unique in its tree: names it in the address of a shared map
 
 
 def family_colours(catalog: Catalog) -> dict[str, int]:
@@ -30,56 +33,121 @@ def family_colours(catalog: Catalog) -> dict[str, int]:
 
 
 def tree(catalog: Catalog, by: Axis) -> Node:
-    """The catalogue as a tree: families, subfamilies and methods, or the terms of one vocabulary and methods.
+    """The catalogue as a tree of four levels: root, branches, twigs and methods.
 
-    A method with two motivations or tasks hangs under both. Terms without a method are left out, except families.
+    ``family``: families and their subfamilies. Any other axis: its terms (years: newest first) and the families of the
+    methods under each. A method with two terms hangs under both. What holds no method is left out, except families.
     """
     colours = family_colours(catalog)
-    methods = catalog.methods.values()
+    families = catalog.taxonomy.families
 
     def leaf(method: Method) -> Node:
-        title = f"{method.name} ({method.paper.year})"
-        hollow = method.snippet is None
-        return Node(method.name, f"/methods/{method.id}/", (), colours[method.family], title, hollow)
+        title = f"{method.name} ({method.paper.year})" + ("" if method.snippet else ", no code here yet")
+        return Node(
+            method.name, f"/methods/{method.id}/", (), colours[method.family], title, hollow=method.snippet is None
+        )
+
+    under: dict[tuple[str, str], list[Node]] = {}  # (branch, twig) -> its methods
+    for method in catalog.methods.values():
+        for branch in _branches_of(method, by):
+            twig = method.subfamily if by == "family" else method.family
+            under.setdefault((branch, twig), []).append(leaf(method))
+
+    def twig_of(branch: str, term: Term, family: str, label: str, href: str) -> Node:
+        leaves = tuple(under[branch, term.id])
+        return Node(label, href, leaves, colours[family], _title(term), id=f"{branch}.{term.id}")
 
     if by == "family":
-        under: dict[str, list[Node]] = {}
-        for method in methods:
-            under.setdefault(method.subfamily, []).append(leaf(method))
         branches = []
-        for family in catalog.taxonomy.families:
-            address, colour = f"/families/{family.id}/", colours[family.id]
+        for family in families:
+            address = f"/families/{family.id}/"
             twigs = tuple(
-                Node(term.label, f"{address}#{term.id}", tuple(under[term.id]), colour, f"{term.label} {term.label_zh}")
+                twig_of(family.id, term, family.id, term.label, f"{address}#{term.id}")
                 for term in catalog.taxonomy.subfamilies
-                if term.family == family.id and term.id in under
+                if (family.id, term.id) in under
             )
-            label = family.label.removesuffix(" methods")  # every branch of the map holds methods
-            branches.append(Node(label, address, twigs, colour, f"{family.label} {family.label_zh}"))
+            branches.append(Node(_short(family), address, twigs, colours[family.id], _title(family), id=family.id))
         return Node("ViT explainability", "/families/", tuple(branches), title="All families")
 
-    terms = catalog.taxonomy.motivations if by == "motivation" else catalog.taxonomy.tasks
-    hanging: dict[str, list[Node]] = {term.id: [] for term in terms}
-    for method in methods:
-        for id in method.motivation.terms if by == "motivation" else method.tasks:
-            hanging[id].append(leaf(method))
-    branches = [
-        Node(term.label, f"/browse/?{by}={term.id}", tuple(hanging[term.id]), 0, f"{term.label} {term.label_zh}")
-        for term in terms
-        if hanging[term.id]
-    ]
-    label = "Why explain?" if by == "motivation" else "Which task?"
-    return Node(label, "/browse/", tuple(branches), title="All methods")
+    branches = []
+    for id, label, href, title in _headings(catalog, by):
+        twigs = tuple(
+            twig_of(id, family, family.id, _short(family), f"{href}&family={family.id}")
+            for family in families
+            if (id, family.id) in under
+        )
+        if twigs:
+            branches.append(Node(label, href, twigs, 0, title, id=id))
+    return Node(_QUESTIONS[by], "/browse/", tuple(branches), title="All methods")
+
+
+_QUESTIONS = {"motivation": "Why explain?", "task": "Which task?", "year": "When?", "needs": "What is needed?"}
+
+
+def _branches_of(method: Method, by: Axis) -> Sequence[str]:
+    return {
+        "family": (method.family,),
+        "motivation": method.motivation.terms,
+        "task": method.tasks,
+        "year": (str(method.paper.year),),
+        "needs": method.needs,
+    }[by]
+
+
+def _headings(catalog: Catalog, by: Axis) -> list[tuple[str, str, str, str]]:
+    """(id, label, address, title) of the branches of any axis but the families."""
+    if by == "year":
+        years = sorted({method.paper.year for method in catalog.methods.values()}, reverse=True)
+        return [(str(year), str(year), f"/browse/?from={year}&to={year}", str(year)) for year in years]
+    taxonomy = catalog.taxonomy
+    terms = {"motivation": taxonomy.motivations, "task": taxonomy.tasks, "needs": taxonomy.needs}[by]
+    return [(term.id, term.label, f"/browse/?{by}={term.id}", _title(term)) for term in terms]
+
+
+def _title(term: Term) -> str:
+    return f"{term.label} {term.label_zh}"
+
+
+def _short(family: Term) -> str:
+    return family.label.removesuffix(" methods")  # every branch of the map holds methods
+
+
+def overview(root: Node) -> Node:
+    """The tree without its methods: each twig says how many it holds."""
+
+    def bare(twig: Node) -> Node:
+        return twig._replace(label=f"{twig.label} ({len(twig.children)})", children=())
+
+    return root._replace(
+        children=tuple(branch._replace(children=tuple(map(bare, branch.children))) for branch in root.children)
+    )
 
 
 def outline(root: Node) -> str:
-    """The same tree as nested lists of links."""
+    """The same tree as nested lists of links. Items carry their level, colour and id for the style and the script."""
 
-    def item(node: Node) -> str:
-        below = "<ul>" + "".join(map(item, node.children)) + "</ul>" if node.children else ""
-        return f'<li><a href="{escape(node.href)}">{escape(node.label)}</a>{below}</li>'
+    def item(node: Node, depth: int) -> str:
+        hollow = " hollow" if node.hollow else ""
+        id = f' data-id="{escape(node.id)}"' if node.id else ""
+        title = f' title="{escape(node.title)}"' if node.title not in ("", node.label) else ""
+        below = "<ul>" + "".join(item(child, depth + 1) for child in node.children) + "</ul>" if node.children else ""
+        return (
+            f'<li class="l{_level(node, depth)} c{node.colour}{hollow}"{id}>'
+            f'<a href="{escape(node.href)}"{title}>{escape(node.label)}</a>{below}</li>'
+        )
 
-    return f'<ul class="vx-outline">{item(root)}</ul>'
+    return f'<ul class="vx-outline">{item(root, 0)}</ul>'
+
+
+def legend(catalog: Catalog, *, hollow: bool = True) -> str:
+    """What the colours mean, and the hollow dot if there is one."""
+    rows = [
+        f'<li><span class="vx-dot c{colour}" aria-hidden="true"></span>{link(f"/families/{term.id}/", term.label)}</li>'
+        for term, colour in zip(catalog.taxonomy.families, family_colours(catalog).values(), strict=True)
+    ]
+    if hollow and any(method.snippet is None for method in catalog.methods.values()):
+        rows.append('<li><span class="vx-dot hollow" aria-hidden="true"></span>no code here yet</li>')
+    return f'<ul class="vx-legend">{"".join(rows)}</ul>'
 
 
 # --- measuring and clipping text -------------------------------------------------------------------------------
@@ -109,7 +177,6 @@ def clip(text: str, size: float, room: float) -> str:
 SIZE = (17, 15, 13.5, 13)  # text size of the root, the branches, the twigs and the leaves
 BOLD = 1.08  # times the width of plain text: root and branches are bold, in whatever font the reader has
 WIDE = 1450  # beyond this width 13 px text falls under 11 px in a window of 1280 px
-NARROW = 328  # width of the content on a phone of 360 px
 ROOMS = range(250, 110, -10)  # labels are cut at the first of these widths that keeps the map within WIDE
 
 
@@ -229,8 +296,11 @@ def _split(branches: tuple[Node, ...]) -> int:
     return min(range(1, len(branches) + 1), key=lambda n: abs(total - 2 * sum(weights[:n])), default=0)
 
 
-def _wide(root: Node) -> str:
-    """Root in the middle, branches to both sides."""
+def svg(root: Node) -> str:
+    """Draw a tree of at most four levels: root in the middle, branches to both sides.
+
+    Every node is a link; long labels are cut, whole in the title.
+    """
     cut = _split(root.children)
     root_width = _box_width(root, 0)
     sides, right, left = [], 0.0, 0.0
@@ -257,55 +327,13 @@ def _wide(root: Node) -> str:
             bubbles.append(_bubble(box))
         curves += [_edge(low[id(parent)], low[id(child)]) for parent, child in edges]
     return (
-        f'<svg class="vx-map vx-map--wide" role="group" aria-label="Mind map: {escape(root.label)}" '
+        f'<svg class="vx-map" role="group" aria-label="Mind map: {escape(root.label)}" '
         f'viewBox="{-left:.0f} 0 {width:.0f} {full:.0f}" width="{width:.0f}" height="{full:.0f}" '
         f'style="min-width:{0.85 * width:.0f}px">'
         f'<g class="edges" aria-hidden="true">{"".join(curves)}</g>{"".join(bubbles)}</svg>'
     )
 
 
-def _narrow(root: Node) -> str:
-    """Root on top, one row for each node, indented: for a phone."""
-    rows: list[tuple[Node, int, int]] = []  # node, level, depth
-
-    def walk(node: Node, depth: int) -> None:
-        rows.append((node, _level(node, depth), depth))
-        for child in node.children:
-            walk(child, depth + 1)
-
-    walk(root, 0)
-    boxes: list[Box] = []
-    y = 4.0
-    for node, level, depth in rows:
-        height = (44, 42, 32, 26)[level]
-        x = (0, 0, 22, 46)[depth]
-        fitted = _fitted(node._replace(children=()), NARROW - x - 24, level)
-        boxes.append(Box(fitted, level, x, y + height / 2, _box_width(fitted, level), 1))
-        y += height
-    # A rail falls from each parent to the last of its children; a short arm leads to each child.
-    rails = []
-    parents: list[Box] = []
-    for box, (_, _, depth) in zip(boxes, rows, strict=True):
-        parents = parents[:depth]
-        if depth > 1:
-            above = parents[-1]
-            x = above.x + 11
-            rails.append(
-                f'<path class="e{box.level} c{box.node.colour or above.node.colour}" '
-                f'd="M{x:.0f} {above.y + 12:.0f}V{box.y - 8:.0f}q0 8 8 8H{box.x + 2:.0f}"/>'
-            )
-        parents.append(box)
-    bubbles = "".join(_bubble(box) for box in boxes)
-    return (
-        f'<svg class="vx-map vx-map--narrow" role="group" aria-label="Mind map: {escape(root.label)}" '
-        f'viewBox="0 0 {NARROW} {y:.0f}" width="{NARROW}" height="{y:.0f}">'
-        f'<g class="edges" aria-hidden="true">{"".join(rails)}</g>{bubbles}</svg>'
-    )
-
-
-def svg(root: Node, layout: Literal["wide", "narrow"] = "wide") -> str:
-    """Draw a tree of at most four levels. Every node is a link; long labels are cut, whole in the title.
-
-    ``wide`` grows to both sides of the root; ``narrow`` is 328 px wide and grows downwards.
-    """
-    return _wide(root) if layout == "wide" else _narrow(root)
+def drawing(root: Node) -> str:
+    """The drawing in a frame that scrolls sideways; a phone shows the outline in its place."""
+    return f'<div class="vx-drawing vx-scroll" tabindex="0" role="region" aria-label="Mind map">{svg(root)}</div>'

@@ -1,14 +1,15 @@
 """The pages: catalogue and measured results in, HTML text out. No mkdocs, no torch, no files."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from vitx import charts, cite, mindmap
+from vitx import charts, cite, contribute, mindmap
 from vitx.catalog import names_creatures
-from vitx.markup import Figure, code_block, heading, inline, link, markdown_html, number, picture, table
-from vitx.schema import Catalog, Criterion, Difference, Method, Paper, Subfamily, Term
+from vitx.markup import Figure, code_block, heading, inline, link, markdown_html, number, picture, small, table
+from vitx.schema import Catalog, Criterion, Difference, Method, Paper, Reported, Subfamily, Term
 
 SURVEY = "https://arxiv.org/abs/2311.06786"
 IN_SURVEY = {
@@ -106,7 +107,9 @@ def prepare(
         proofs,
         {row["method"]: row for row in results.get("glyph", {}).get("rows", ())},
         members,
-        {id: f"/methods/{id}/" for id in catalog.methods} | {id: f"/criteria/{id}/" for id in catalog.criteria},
+        {id: f"/methods/{id}/" for id in catalog.methods}
+        | {id: f"/criteria/{id}/" for id in catalog.criteria}
+        | {id: f"/perspectives/{id}/" for id, one in catalog.perspectives.items() if one.snippet},
     )
 
 
@@ -409,6 +412,8 @@ def balance_figures(atlas: Atlas) -> str:
     if not result:
         return '<p class="vx-missing">Not measured yet.</p>'
     rows = [row for row in result["rows"] if row["method"] in atlas.catalog.methods]
+    if not rows:
+        return '<p class="vx-missing">Not measured yet.</p>'
     accuracy = "Accuracy of the model"
 
     def name(row: dict[str, Any]) -> str:
@@ -562,6 +567,61 @@ def relations(atlas: Atlas, entry: Method | Criterion) -> str:
     return facts(entries, "vx-relations")
 
 
+def measured_criteria(atlas: Atlas) -> set[str]:
+    """Criteria for which a result of the benchmark holds a number."""
+    return {
+        row["criterion"]
+        for name, result in atlas.results.items()
+        if name.startswith("benchmark-")
+        for row in result.get("rows", ())
+        if row["mean"] is not None
+    }
+
+
+def reported_value(one: Reported) -> str:
+    return escape(f"{one.value:g}" + (f"\N{NO-BREAK SPACE}{one.unit}" if one.unit else ""))
+
+
+def reported_metric(atlas: Atlas, one: Reported) -> str:
+    """The paper's name of the metric, above the criterion that asks the same here."""
+    return escape(one.metric) + small("Here: ", entry_link(atlas, one.criterion) if one.criterion else "")
+
+
+def _source(text: str) -> str:
+    """An address as a link; a place such as github:owner/name:file as a link to its repository."""
+    if re.fullmatch(r"https://[^\s<>\"'\\{}]+", text):
+        return link(text, text.removeprefix("https://"))
+    repository = re.match(r"github:([\w-]+/[\w.-]+):", text, re.ASCII)
+    return link(f"https://github.com/{repository[1]}", text) if repository else escape(text)
+
+
+def reported_where(one: Reported) -> str:
+    """Table and source, and what else must be known."""
+    return escape(one.where) + small("Seen in: ", _source(one.source)) + small("", inline(one.note or ""))
+
+
+def reported(atlas: Atlas, method: Method) -> str:
+    """What the paper of a method reports, with a word of caution; nothing where no number was found."""
+    if not method.reported:
+        return ""
+    heads = ("Metric", "Value", "Model", "Data", "Where seen")
+    rows = [
+        (reported_metric(atlas, one), reported_value(one), escape(one.model), escape(one.data), reported_where(one))
+        for one in method.reported
+    ]
+    asked = {one.criterion for one in method.reported} & measured_criteria(atlas)
+    ours = ", ".join(entry_link(atlas, id) for id in atlas.catalog.criteria if id in asked)
+    return (
+        heading(2, "reported", "What the paper reports")
+        + "<p>Copied, not measured here; a row says so where others than the authors gave the number. "
+        'Our own numbers, on <a href="/benchmark/">the benchmark page</a>'
+        + (f" and with {ours}" if ours else "")
+        + ", are of other models and other data, and steps and ways of hiding differ too: they cannot be compared "
+        'with these directly. <a href="/reported/">What all papers report</a>.</p>'
+        + table(heads, rows, "What the paper reports", "vx-reported")
+    )
+
+
 def _rail(atlas: Atlas, method: Method) -> str:
     """Left column of a method page: the branches of its family, and its neighbours in its own branch."""
     colour = atlas.colours[method.family]
@@ -651,11 +711,12 @@ def method_page(atlas: Atlas, id: str, code: str | None, figure: Figure | None =
         parts += [
             heading(2, "code", "The code"),
             f'<p class="vx-missing">No code here yet. {inline(method.why_no_snippet or "")} '
-            '<a href="/contributing/">Contribute it</a>.</p>',
+            f"{contribute.snippet_link(contribute.repository(atlas.citation), method)}.</p>",
         ]
     parts += [
         heading(2, "relations", "Relations"),
         relations(atlas, method),
+        reported(atlas, method),
         heading(2, "cite", "Cite"),
         code_block(cite.bibtex([method]).strip(), "language-bibtex"),
         f'<p class="vx-small">Facts of this entry were seen in: '
@@ -663,6 +724,27 @@ def method_page(atlas: Atlas, id: str, code: str | None, figure: Figure | None =
     ]
     description = f"{method.name}: {method.motivation.text}"
     return Page(f"methods/{id}/", method.name, description, "\n".join(parts), ("navigation",), _rail(atlas, method))
+
+
+def moved(atlas: Atlas, site: str) -> dict[str, str]:
+    """Former address -> a small page that leads to the present one, for each id that an entry had before.
+
+    ``site``: address of the site, or nothing; canonical links are absolute where there is one.
+    """
+    made = {}
+    for id, entry in {**atlas.catalog.methods, **atlas.catalog.criteria}.items():
+        for old in entry.formerly:
+            text = f"{old} is now called {id}"
+            canonical = f"{site.rstrip('/')}{atlas.places[id]}" if site else f"../{id}/"
+            made[f"{atlas.places[id].strip('/').partition('/')[0]}/{old}/"] = (
+                '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+                '<meta name="viewport" content="width=device-width, initial-scale=1">'
+                f'<title>{text}</title><meta name="description" content="{text}.">'
+                f'<link rel="canonical" href="{escape(canonical)}">'
+                f'<meta http-equiv="refresh" content="0; url=../{id}/index.html"></head>'
+                f"<body><h1>{text}</h1><p>{link(f'../{id}/index.html', entry.name)}</p></body></html>\n"
+            )
+    return made
 
 
 def picture_text(method: Method) -> str:
@@ -682,52 +764,13 @@ def counts(atlas: Atlas) -> str:
     return f"<strong>{len(methods)}</strong> methods in {families} families, <strong>{runs}</strong> of them run here."
 
 
-def map_html(atlas: Atlas, by: mindmap.Axis) -> str:
-    """Both layouts of one mind map, its legend and its outline."""
-    root = mindmap.tree(atlas.catalog, by)
-    legend = "".join(
-        f'<li><span class="vx-dot c{atlas.colours[term.id]}" aria-hidden="true"></span>'
-        f"{link(f'/families/{term.id}/', term.label)}</li>"
-        for term in atlas.catalog.taxonomy.families
-    )
-    hollow = any(method.snippet is None for method in atlas.catalog.methods.values())
-    if hollow:
-        legend += '<li><span class="vx-dot hollow" aria-hidden="true"></span>no code here yet</li>'
+def map_overview(atlas: Atlas) -> str:
+    """The mind map without its methods, light enough for the first page: drawn, and as a list for a phone."""
+    root = mindmap.overview(mindmap.tree(atlas.catalog, "family"))
     return (
-        '<div class="vx-mindmap" data-search-exclude>'
-        f'<div class="vx-scroll" tabindex="0" role="region" aria-label="Mind map">{mindmap.svg(root)}</div>'
-        f"{mindmap.svg(root, 'narrow')}"
-        f'<ul class="vx-legend">{legend}</ul>'
-        f"<details><summary>The same as a list</summary>{mindmap.outline(root)}</details></div>"
+        '<div class="vx-mindmap vx-map-overview" data-search-exclude>'
+        f"{mindmap.drawing(root)}{mindmap.outline(root)}{mindmap.legend(atlas.catalog, hollow=False)}</div>"
     )
-
-
-_AXES: dict[mindmap.Axis, tuple[str, str, str]] = {
-    "family": ("mindmap/", "By family", "What is explained with: the five families, their branches, their methods."),
-    "motivation": (
-        "mindmap/motivation/",
-        "By motivation",
-        "Why the methods were proposed. A method with two motivations hangs under both; its colour is its family.",
-    ),
-    "task": (
-        "mindmap/task/",
-        "By task",
-        "What the explained models do. A method for two tasks hangs under both; its colour is its family.",
-    ),
-}
-
-
-def map_page(atlas: Atlas, by: mindmap.Axis) -> Page:
-    path, title, text = _AXES[by]
-    tabs = "".join(
-        f'<a href="/{address}"{" aria-current=page" if axis == by else ""}>{name}</a>'
-        for axis, (address, name, _) in _AXES.items()
-    )
-    html = (
-        f'<h1>Mind map</h1><nav class="vx-tabs" aria-label="Order of the mind map">{tabs}</nav>'
-        f"<p>{text} Every node is a link.</p>{map_html(atlas, by)}"
-    )
-    return Page(path, f"Mind map {title.lower()}", text, html)
 
 
 def families_page(atlas: Atlas) -> Page:
@@ -783,104 +826,6 @@ def family_page(atlas: Atlas, family: Term) -> Page:
             grade_table(atlas, [method.id for method in methods]),
         ]
     return Page(f"families/{family.id}/", family.label, family.definition, "\n".join(parts), ())
-
-
-def browse_page(atlas: Atlas) -> Page:
-    """All methods in one table, and the form that docs/assets/browse.js filters it with."""
-    catalog = atlas.catalog
-    methods = list(catalog.methods.values())
-    rows = []
-    for method in methods:
-        family, subfamily = atlas.terms["family", method.family], atlas.terms["subfamily", method.subfamily]
-        data = {
-            "family": method.family,
-            "subfamily": method.subfamily,
-            "motivation": " ".join(method.motivation.terms),
-            "task": " ".join(method.tasks),
-            "needs": " ".join(method.needs),
-            "output": method.output,
-            "class": _CLASS[method.class_specific],
-            "survey": method.in_survey,
-            "code": "yes" if method.snippet else "no",
-            "year": method.paper.year,
-        }
-        attributes = "".join(f' data-{name}="{value}"' for name, value in data.items())
-
-        def labels(vocabulary: str, ids: Iterable[str]) -> str:
-            return escape(", ".join(atlas.terms[vocabulary, id].label for id in ids))
-
-        rows.append(
-            f"<tr{attributes}>"
-            f'<th scope="row">{method_link(atlas, method.id)}'
-            f'<span class="vx-small">{escape(authors(method.paper, 1))}</span></th>'
-            f"<td>{method.paper.year}</td>"
-            f'<td>{escape(family.label)}<span class="vx-small">{escape(subfamily.label)}</span></td>'
-            f"<td>{labels('motivation', method.motivation.terms)}</td>"
-            f"<td>{labels('task', method.tasks)}</td>"
-            f"<td>{labels('needs', method.needs)}</td>"
-            f"<td>{_CLASS[method.class_specific]}</td>"
-            f"<td>{escape(atlas.terms['output', method.output].label)}</td>"
-            f"<td>{method.in_survey}</td></tr>"
-        )
-    heads = ("Method", "Year", "Family", "Motivation", "Task", "Needs", "Class-specific", "Gives", "In survey")
-    html = (
-        "<h1>Browse</h1>"
-        '<p class="vx-small vx-no-script">Filtering needs JavaScript. The table below is complete without it.</p>'
-        f'<div class="vx-browse">{_facets(atlas, methods)}<div>'
-        f'<p role="status" class="vx-count">{_methods(len(methods))}</p>'
-        '<div class="vx-scroll" tabindex="0" role="region" aria-label="Methods">'
-        '<table class="vx-table vx-methods"><thead><tr>'
-        + "".join(f'<th scope="col">{head}</th>' for head in heads)
-        + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></div></div>"
-        '<script src="/assets/browse.js" defer></script>'
-    )
-    return Page("browse/", "Browse", "All methods, to be filtered by family, motivation, task and needs.", html)
-
-
-_CLASS = {True: "yes", False: "no", None: "unknown"}
-
-
-def _facets(atlas: Atlas, methods: Sequence[Method]) -> str:
-    taxonomy = atlas.catalog.taxonomy
-    words = {"yes": "Yes", "no": "No", "unknown": "Unknown"}
-    facets: list[tuple[str, str, list[tuple[str, str]]]] = [
-        ("family", "Family", [(term.id, term.label) for term in taxonomy.families]),
-        (
-            "subfamily",
-            "Subfamily",
-            [(term.id, term.label) for term in taxonomy.subfamilies if term.id in atlas.members],
-        ),
-        ("motivation", "Motivation", [(term.id, term.label) for term in taxonomy.motivations]),
-        ("task", "Task", [(term.id, term.label) for term in taxonomy.tasks]),
-        ("needs", "Needs", [(term.id, term.label) for term in taxonomy.needs]),
-        ("output", "Gives", [(term.id, term.label) for term in taxonomy.outputs]),
-        ("class", "Class-specific", list(words.items())),
-        ("survey", "In the survey", list(words.items())),
-        ("code", "Runs here", [("yes", "Yes"), ("no", "No")]),
-    ]
-    years = [method.paper.year for method in methods] or [2000]
-    fields = []
-    for name, legend, options in facets:
-        boxes = "".join(
-            f'<label><input type="checkbox" name="{name}" value="{value}"> <span>{escape(label)}</span> '
-            "<output></output></label>"
-            for value, label in options
-        )
-        state = " open" if name in ("family", "needs") else ""
-        fields.append(
-            f'<details{state}><summary>{legend}</summary><fieldset><legend class="vx-hidden">{legend}</legend>'
-            f"{boxes}</fieldset></details>"
-        )
-    bounds = f'min="{min(years)}" max="{max(years)}"'
-    fields.append(
-        '<details open><summary>Year</summary><fieldset class="vx-years"><legend class="vx-hidden">Year</legend>'
-        f'<label>from <input type="number" name="from" {bounds} placeholder="{min(years)}"></label> '
-        f'<label>to <input type="number" name="to" {bounds} placeholder="{max(years)}"></label></fieldset></details>'
-    )
-    return (
-        '<form class="vx-facets" hidden><details class="vx-all" open><summary>Filters</summary>'
-        f'{"".join(fields)}<p><button type="reset">Clear all</button></p></details></form>'
-    )
 
 
 def vocabulary_page(atlas: Atlas) -> Page:
@@ -968,10 +913,8 @@ def models_page(atlas: Atlas) -> Page:
 def render(atlas: Atlas) -> list[Page]:
     """Every page that comes from the catalogue alone. Method pages are made one by one, with ``method_page``."""
     return [
-        *(map_page(atlas, axis) for axis in _AXES),
         families_page(atlas),
         *(family_page(atlas, family) for family in atlas.catalog.taxonomy.families),
-        browse_page(atlas),
         vocabulary_page(atlas),
         models_page(atlas),
     ]
@@ -1001,7 +944,7 @@ def insert(atlas: Atlas, name: str) -> str:
         missing = '<p class="vx-missing">Not drawn yet.</p>'
         return picture(figure._replace(alt=alt), caption, wide=True) if figure else missing
     inserts = {
-        "mindmap": lambda: map_html(atlas, "family"),
+        "mindmap": lambda: map_overview(atlas),
         "counts": lambda: f"<p>{counts(atlas)}</p>",
         "grades": lambda: grade_table(atlas),
         "proofs": lambda: proof_table(atlas),

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from html import escape
 
 from vitx import charts
-from vitx.markup import captioned, heading, inline, link, markdown_html, number, small, table
+from vitx.markup import Figure, captioned, heading, inline, link, markdown_html, number, picture, small, table
 from vitx.pages import SURVEY, Atlas, Page, arxiv_link, entry_link, facts
 from vitx.schema import LaterPaper, Leaderboard, LeaderboardRow, Perspective, Tool
 
@@ -229,13 +229,31 @@ def _perspective(atlas: Atlas, perspective: Perspective, proposed: dict[str, lis
     ]
 
 
+def example_page(atlas: Atlas, id: str, code: str | None, figure: Figure | None = None) -> Page:
+    """The worked example of a perspective. ``code``: its executed snippet as HTML."""
+    perspective = atlas.catalog.perspectives[id]
+    parts = [
+        '<nav class="vx-crumbs" aria-label="Breadcrumb"><a href="/perspectives/">Perspectives</a> › '
+        f"{link(f'/perspectives/#{id}', perspective.name)}</nav>",
+        f"<h1>{escape(perspective.name)}: a worked example</h1>",
+        picture(figure, "Output of the code below.") if figure else "",
+        markdown_html(perspective.description, atlas.places),
+        heading(2, "code", "The code"),
+        f"<p>One file, {link('/' + str(perspective.snippet), str(perspective.snippet))}, executed for this page.</p>",
+        code if code is not None else '<p class="vx-missing">Not executed yet.</p>',
+    ]
+    description = f"{perspective.name}, a worked example: {perspective.description}"
+    return Page(f"perspectives/{id}/", perspective.name, description, "\n".join(parts), ("navigation",))
+
+
 def _here(atlas: Atlas, perspective: Perspective) -> list[tuple[str, str]]:
     """What of the problem can be run or read on this site."""
     works = {**atlas.catalog.methods, **atlas.catalog.criteria}
     run = [id for id in perspective.entries if works[id].snippet]
     described = [id for id in perspective.entries if not works[id].snippet]
+    example = link(atlas.places[perspective.id], "worked example") if perspective.snippet else ""
     entries = [
-        ("Runs here", _entries(atlas, run) or "nothing yet"),
+        ("Runs here", ", ".join(filter(None, (example, _entries(atlas, run)))) or "nothing yet"),
         ("Described here", _entries(atlas, described)),
         ("On this site", inline(perspective.here or "")),
         ("Note", inline(perspective.note or "")),

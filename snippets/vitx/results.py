@@ -30,7 +30,7 @@ def build(
 
     Args:
         methods, criteria: in the order of the catalogue. outcome: of ``benchmark.run`` for them and all
-            ``evaluate.SERIES``.
+            ``evaluate.series`` of them.
 
     Returns:
         provenance; methods; criteria; explained: by method, passes of an explanation, pictures seen once and again,
@@ -47,10 +47,9 @@ def build(
     about = {"name": opened.name, "source": opened.source, "sha256": opened.sha256, "pictures": settings.pictures}
     present = [method for method in methods if any((method, criterion) in table for criterion in criteria)]
     rows = [row for criterion in criteria for row in _rows(present, criterion, table, sign[criterion])]
-    planned = {
-        method: sum(evaluate.plan(method, [*criteria, *evaluate.SERIES], settings).values()) for method in present
-    }
-    passes = sum(planned.values()) + sum(evaluate.shared_passes(settings).values())
+    read = [*criteria, *evaluate.series(criteria)]
+    planned = {method: sum(evaluate.plan(method, read, settings).values()) for method in present}
+    passes = sum(planned.values()) + sum(evaluate.shared_passes(read, settings).values())
     place = {name: value for name, value in settings._asdict().items() if name not in benchmark.PLACES}
     return {
         "provenance": provenance(**place) | {"data": about, "passes": round(passes)},

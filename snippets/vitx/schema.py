@@ -24,6 +24,7 @@ Doi = Annotated[str, StringConstraints(pattern=r"^10\.[0-9]{4,9}/[^\s<>\"\\{}]+$
 # YAML gives lists, so the tuples themselves are not strict; what they hold is.
 Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
 Ids = Annotated[tuple[Id, ...], Field(strict=False, min_length=1)]
+FormerIds = Annotated[tuple[Id, ...], Field(strict=False)]
 
 
 class Paper(_Record):
@@ -103,6 +104,27 @@ class Difference(_Record):
         return self
 
 
+class Reported(_Record):
+    """One number that a paper gives, as it was seen; what was not seen stays out."""
+
+    metric: Text = Field(description="Name of the metric as the paper writes it, such as Negative perturbation AUC.")
+    criterion: Id | None = Field(
+        description="Id of the criterion of this catalogue that asks the same; null where none does. Steps, ways of "
+        "hiding and scales may differ all the same."
+    )
+    value: float = Field(description="The number as printed, without its unit.")
+    unit: Text | None = Field(description="Unit, such as %; null for a plain number.")
+    model: Text = Field(description="The model, as it is named there.")
+    data: Text = Field(description="Data on which it was measured, as named there.")
+    where: Text = Field(description='Place in the paper or repository, such as "Table 2" or "README, Model zoo".')
+    source: Text = Field(
+        description="Where the number was seen: an address, or a place such as github:owner/name:file."
+    )
+    note: Text | None = Field(
+        default=None, description="What a reader must know of this number: who measured it, at which setting."
+    )
+
+
 def _snippet_or_reason(entry: Any) -> Any:
     if (entry.snippet is None) == (entry.why_no_snippet is None):
         raise ValueError("give exactly one of snippet and why_no_snippet")
@@ -160,8 +182,14 @@ class Method(_Record):
     differences: Annotated[tuple[Difference, ...], Field(strict=False)] = Field(
         default=(), description="Where the official code differs from the paper; sure before it is said."
     )
+    reported: Annotated[tuple[Reported, ...], Field(strict=False)] = Field(
+        default=(), description="Main numbers that the paper gives for the method, each seen in the source it names."
+    )
     sources: Texts = Field(description="Where the facts of this entry were seen.")
     note: Text | None = Field(default=None, description="Anything a reader must know that fits nowhere else.")
+    formerly: FormerIds = Field(
+        default=(), description="Ids it had before; their addresses lead here, and commands name the new id."
+    )
 
     _one_of_two = model_validator(mode="after")(_snippet_or_reason)
 
@@ -201,6 +229,9 @@ class Criterion(_Record):
     )
     sources: Texts = Field(description="Where the facts of this entry were seen.")
     note: Text | None = Field(default=None, description="Anything a reader must know that fits nowhere else.")
+    formerly: FormerIds = Field(
+        default=(), description="Ids it had before; their addresses lead here, and commands name the new id."
+    )
 
     _one_of_two = model_validator(mode="after")(_snippet_or_reason)
 
@@ -213,6 +244,7 @@ class Term(_Record):
     label_zh: Text = Field(description="Chinese label.")
     order: int = Field(ge=0, description="Position in menus and in the mind map; unique within the vocabulary.")
     definition: Text = Field(description="One paragraph in our own words.")
+    definition_zh: Text = Field(description="The same in Chinese, on one line: a line break would show as a space.")
 
 
 class Subfamily(Term):
@@ -367,6 +399,9 @@ class Perspective(_Record):
     here: Text | None = Field(
         default=None,
         description="What else this site shows or runs about it. Markdown; links from the root, such as (/cost/).",
+    )
+    snippet: Annotated[str, StringConstraints(pattern=r"^snippets/perspectives/[a-z0-9_]+\.py$")] | None = Field(
+        default=None, description="Path of a worked example from the repository root; it gets a page of its own."
     )
     note: Text | None = Field(default=None, description="Anything a reader must know that fits nowhere else.")
 

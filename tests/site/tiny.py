@@ -27,6 +27,7 @@ from vitx.schema import (
     Paper,
     Perspective,
     Relation,
+    Reported,
     Runs,
     Subfamily,
     Taxonomy,
@@ -44,8 +45,38 @@ NASTY_MARKDOWN = (
 
 def _terms(nasty: str, *ids: str) -> tuple[Term, ...]:
     return tuple(
-        Term(id=id, label=id.title() + nasty, label_zh="中" + nasty, order=place, definition="About " + id + nasty)
+        Term(
+            id=id,
+            label=id.title() + nasty,
+            label_zh="中" + nasty,
+            order=place,
+            definition="About " + id + nasty,
+            definition_zh="关于" + nasty,
+        )
         for place, id in enumerate(ids)
+    )
+
+
+def _reported(nasty: str) -> tuple[Reported, ...]:
+    """Numbers of two metrics, one of them of no criterion, from places of three kinds."""
+    numbers = (
+        ("Del. AUC", "deletion", 0.25, "https://code.example/a&b"),
+        ("Top 1", None, 79.8, "github:some/code:README.md"),
+        ("Del. AUC", "deletion", 12345.5, "seen"),
+    )
+    return tuple(
+        Reported(
+            metric=metric + nasty,
+            criterion=criterion,
+            value=value,
+            unit="%" + nasty if place == 1 else None,
+            model=f"Model {place}" + nasty,
+            data=("Glyph", "ImageNet")[place == 1] + nasty,
+            where="Table 1" + nasty,
+            source=source + (nasty if place else ""),
+            note="By others. " + (NASTY_MARKDOWN if nasty else "") if place == 2 else None,
+        )
+        for place, (metric, criterion, value, source) in enumerate(numbers)
     )
 
 
@@ -117,9 +148,11 @@ def catalog(count: int = 4, nasty: str = NASTY) -> Catalog:
             )
             if place == 0
             else (),
+            reported=_reported(nasty) if place == 0 else (),
             why_no_snippet=None if place < 3 else "Nobody wrote it." + nasty,
             sources=("seen" + nasty,),
             note="Note. " + nasty if place % 2 else None,
+            formerly=("m-one", "m-uno") if place == 1 else (),
         )
 
     card = ModelCard(

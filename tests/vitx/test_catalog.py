@@ -509,7 +509,7 @@ def test_all_problems_of_all_files_come_together_sorted_by_line(root):
         ["attention-rollout.yml:7", "paper.year"],
         ["attention-rollout.yml:20", "class_specific"],
         ["attention-rollout.yml:21", "output"],
-        ["raw-attention.yml:2", "not valid YAML"],
+        ["raw-attention.yml:1", "not valid YAML"],
     ]
     with pytest.raises(CatalogError) as caught:
         catalog.load(root)
@@ -535,6 +535,21 @@ def test_model_cards_are_read_and_named_after_their_file(root):
     assert catalog.load(root).models["glyph"].metrics == {"top1": 0.98}
     (root / "models" / "glyph.yml").write_text(card.replace("id: glyph", "id: glif"))
     assert catalog.check(root) == ["catalog/models/glyph.yml:1: id: glif is not the file name glyph"]
+
+
+def test_a_reported_number_names_a_criterion_of_the_catalogue(judged):
+    number = "metric: AUC, criterion: deletion, value: 3, unit: null, model: m, data: d, where: w, source: s"
+    entry = ENTRY.replace("sources: [here]", f"reported:\n  - {{{number}}}\nsources: [here]")
+    assert with_entry(judged, entry) == []
+    assert catalog.load(judged).methods["attention-rollout"].reported[0].value == 3.0
+    for wrong, complaint in (
+        ("criterion: deletoin", "28: reported[0].criterion: there is no entry deletoin; did you mean deletion?"),
+        ("criterion: raw-attention", "28: reported[0].criterion: there is no entry raw-attention"),
+        ("criterion: null, vaule: 3", "28: reported[0].vaule: is not a field; did you mean value?"),
+    ):
+        assert with_entry(judged, entry.replace("criterion: deletion", wrong)) == [f"{FILE}:{complaint}"]
+    twice = entry.replace("sources:", f"  - {{{number}}}\nsources:")
+    assert with_entry(judged, twice) == [f"{FILE}:29: reported[1]: is listed twice"]
 
 
 def test_a_model_card_names_the_method_that_loads_it(root):
@@ -664,6 +679,79 @@ def test_entry_knows_methods_and_criteria(judged):
         catalog.entry(read, "raw")
     with pytest.raises(UnknownId, match='there is no method "deletion"'):
         catalog.get(read, "deletion")
+
+
+# ---------------------------------------------------------------------------------------------------------- renamed
+
+
+def test_a_former_id_names_the_present_one(judged):
+    assert with_entry(judged, ENTRY + "formerly: [rollout, old-rollout]\n") == []
+    (judged.parent / CRITERION_FILE).write_text(CRITERION + "formerly: [deleting]\n")
+    catalog.load.cache_clear()
+    read = catalog.load(judged)
+    for ask, old, new in (
+        (catalog.get, "old-rollout", "attention-rollout"),
+        (catalog.entry, "rollout", "attention-rollout"),
+        (catalog.entry, "deleting", "deletion"),
+    ):
+        with pytest.raises(UnknownId, match=f'^"{old}" is now called "{new}"$'):
+            ask(read, old)
+    for old, new in (("rollout", "attention-rollout"), ("deleting", "deletion")):
+        with pytest.raises(UnknownId, match=f'^"{old}" is now called "{new}"$'):
+            catalog.snippet_path(old, judged)
+    with pytest.raises(UnknownId, match='there is no method "deleting"'):
+        catalog.get(read, "deleting")
+    for unknown in ("", "attention", "old"):
+        with pytest.raises(UnknownId, match="there is no method or criterion"):
+            catalog.snippet_path(unknown, judged)
+
+
+def test_snippet_path_finds_a_former_id_beside_broken_entries(judged):
+    (judged / "methods" / "attention" / "broken.yml").write_text("formerly: [rollout\n")
+    with_entry(judged, ENTRY + "formerly: [rollout]\n")
+    with pytest.raises(UnknownId, match=r'^"rollout" is now called "attention-rollout"$'):
+        catalog.snippet_path("rollout", judged)
+
+
+def test_a_former_id_leads_to_one_entry(judged):
+    last = ENTRY.count("\n") + 1
+    present = "formerly[0]: raw-attention is the id of catalog/methods/attention/raw-attention.yml"
+    assert with_entry(judged, ENTRY + "formerly: [raw-attention]\n") == [f"{FILE}:{last}: {present}"]
+    own = f"formerly[0]: attention-rollout is the id of {FILE}"
+    assert with_entry(judged, ENTRY + "formerly: [attention-rollout]\n") == [f"{FILE}:{last}: {own}"]
+    shared = "formerly[0]: deletion is the id of catalog/evaluation/deletion.yml"
+    assert with_entry(judged, ENTRY + "formerly: [deletion]\n") == [f"{FILE}:{last}: {shared}"]
+    twice = "formerly[1]: is listed twice"
+    assert with_entry(judged, ENTRY + "formerly:\n  - old\n  - old\n") == [f"{FILE}:{last + 2}: {twice}"]
+
+    with_entry(judged, ENTRY + "formerly: [old]\n")
+    other = f"{CRITERION_FILE}:{CRITERION.count(chr(10)) + 1}: formerly[0]: old is listed by {FILE} too"
+    assert with_criterion(judged, CRITERION + "formerly: [old]\n") == [other]
+    with pytest.raises(CatalogError, match="old is listed by"):
+        catalog.load.__wrapped__(judged)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("old", "formerly: must be a list"),
+        ("[Old One]", "formerly[0]: must be an id: lower-case words joined by hyphens"),
+        ("[1]", "formerly[0]: must be a valid string, not 1"),
+        ("null", "formerly: must be a list"),
+    ],
+)
+def test_former_ids_are_a_list_of_ids(root, written, said):
+    line = ENTRY.count("\n") + 1
+    assert with_entry(root, ENTRY + f"formerly: {written}\n") == [f"{FILE}:{line}: {said}"]
+
+
+def test_a_relation_to_a_former_id_is_told_the_present_one(root):
+    text = ENTRY.replace("relations:\n  - {type: extends, id: raw-attention}", "formerly: [rollout]\nrelations: []")
+    with_entry(root, text)
+    raw = root / "methods" / "attention" / "raw-attention.yml"
+    raw.write_text(raw.read_text().replace("relations: []", "relations:\n  - {type: uses, id: rollout}"))
+    (said,) = catalog.check(root)
+    assert said.endswith("relations[0].id: there is no entry rollout; it is now called attention-rollout")
 
 
 # -------------------------------------------------------------------------------------------------------- reference
@@ -899,7 +987,8 @@ def shared_root(tmp_path_factory) -> Path:
     root = make_atlas(tmp_path_factory.mktemp("atlas"))
     for path in root.glob("methods/*/*.yml"):
         path.write_text(path.read_text().replace("forward-pass, ", ""))
-    term = "label: x, label_zh: x, order: 1, definition: x"  # a small taxonomy, so that each example is quick
+    # A small taxonomy, so that each example is quick.
+    term = "label: x, label_zh: x, order: 1, definition: x, definition_zh: x"
     words = {"families": "attention", "subfamilies": "attention-aggregation", "motivations": "information-flow"}
     words |= {"tasks": "image-classification", "needs": "attention-weights", "outputs": "heatmap"}
     words |= {"categories": "faithfulness"}

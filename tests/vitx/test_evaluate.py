@@ -42,7 +42,7 @@ def test_one_computation_for_all_criteria():
     per_picture = 1 + evaluate.COPIES + 5 + 4  # itself, noise, stages of random weights, other class, mosaics, pair
     twin_and_cost = 2 + 1  # by the twin; one picture whose operations are counted
     assert counter.explained == 2 * per_picture + twin_and_cost
-    announced = sum(evaluate.shared_passes(SMALL).values()) / SMALL.pictures * 2
+    announced = sum(evaluate.shared_passes(evaluate.criteria(), SMALL).values()) / SMALL.pictures * 2
     announced += 2 * (2 * (SMALL.steps - 1) + evaluate.BANDS + 9 + 1 + len(glyphs.PARTS) + evaluate.COPIES)
     assert counter.passes == announced + 1  # the one whose operations are counted
 
@@ -54,10 +54,10 @@ def test_the_plan_is_what_happens(monkeypatch):
     loaded = models.load("glyph")._replace(model=model)
     monkeypatch.setattr(evaluate, "_model", lambda name, device="cpu": loaded if name == "glyph" else models.load(name))
     evaluate.opened_data.cache_clear()
-    for job in evaluate.shared_jobs(SMALL):
+    for job in evaluate.shared_jobs(evaluate.criteria(), SMALL):
         evaluate.share(job, SMALL)
-    assert counter.passes == sum(evaluate.shared_passes(SMALL).values())
-    assert evaluate.shared_jobs(SMALL) == []
+    assert counter.passes == sum(evaluate.shared_passes(evaluate.criteria(), SMALL).values())
+    assert evaluate.shared_jobs(evaluate.criteria(), SMALL) == []
     counter.passes = 0
     wanted = [*evaluate.criteria(), *evaluate.SERIES]
     found = dict(evaluate.rows("random", wanted, SMALL))
@@ -149,3 +149,21 @@ def test_measure_for_a_reader():
         evaluate.measure("pointing-game", model, x, explain=load("raw-attention"))
     with pytest.raises(Unavailable, match="mprt cannot be measured: it explains again, and a finished map cannot"):
         evaluate.measure("mprt", model, x, relevance=by_map.new_zeros(2, 4, 4))
+
+
+def test_a_method_that_computes_long_after_its_pass_is_counted_by_its_time(monkeypatch):
+    settings = evaluate.Settings()
+    monkeypatch.setattr(evaluate, "explanation_passes", lambda method: 1.0)
+    monkeypatch.setattr(evaluate, "_time_in_passes", lambda: {"slow": 50.0, "endless": 500.0, "plain": 3.0})
+    assert evaluate.counts("plain", settings) == (settings.pictures, settings.pictures)
+    assert evaluate.counts("slow", settings) == (settings.pictures, settings.few)
+    assert evaluate.counts("endless", settings) == (settings.pictures // 4, settings.few // 2)
+
+
+def test_few_criteria_ask_for_little():
+    """No series and no shared quantity that a criterion does not read."""
+    assert evaluate.series(["deletion"]) == ["curve_most_first", "maps"]
+    assert evaluate.series(["pointing-game"]) == ["maps"]
+    assert evaluate.series(evaluate.criteria()) == [*evaluate.SERIES]
+    assert "shapley" not in evaluate.shared_passes(["deletion"], SMALL)
+    assert "shapley" in evaluate.shared_passes(["shapley-agreement"], SMALL)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vitx import markup, notebook_html, pages
+from vitx import map_pages, markup, notebook_html, pages
 from vitx.schema import Paper
 
 tiny = runpy.run_path(str(Path(__file__).parents[1] / "site" / "tiny.py"))
@@ -78,7 +78,7 @@ def every_page(atlas: pages.Atlas) -> list[pages.Page]:
             "compare-glyph",
         )
     ]
-    return [*pages.render(atlas), *methods, *inserts]
+    return [*pages.render(atlas), *map_pages.render(atlas), *methods, *inserts]
 
 
 # --- safety ------------------------------------------------------------------------------------------------------
@@ -299,6 +299,7 @@ def test_internal_links_lead_to_pages() -> None:
     written = (
         "",
         "contributing/",
+        "coverage/",
         "about/",
         "how-to-read/",
         "official-code/",
@@ -307,6 +308,10 @@ def test_internal_links_lead_to_pages() -> None:
         "shapley/",
         "pruning/",
         "criteria/",
+        "criteria/deletion/",
+        "benchmark/",
+        "reported/",
+        "browse/",
     )
     addresses = {"/" + page.path for page in made} | {"/" + path for path in written}
     for page in made:
@@ -314,6 +319,27 @@ def test_internal_links_lead_to_pages() -> None:
             place = re.sub(r"[?#].*", "", link)
             if link.startswith("/") and not link.startswith(("/assets/", "/snippets/")):
                 assert place in addresses, (page.path, link)
+
+
+@pytest.mark.parametrize("site", ["", "https://atlas.example/a&b/"])
+def test_former_addresses_lead_to_the_present_one(site: str) -> None:
+    atlas = prepared(nasty=tiny["NASTY"])
+    made = pages.moved(atlas, site)
+    assert list(made) == ["methods/m-one/", "methods/m-uno/"]
+    html = made["methods/m-one/"]
+    parsed = Elements(html)
+    assert not parsed.faults
+    assert [tag for tag, _ in parsed.tags if tag in ("img", "script")] == []
+    assert parsed.all("a", "href") == ["../m-1/index.html"]
+    canonical = [one for tag, one in parsed.tags if tag == "link"]
+    assert canonical == [{"rel": "canonical", "href": f"{site}methods/m-1/" if site else "../m-1/"}]
+    refresh = [one["content"] for tag, one in parsed.tags if tag == "meta" and one.get("http-equiv") == "refresh"]
+    assert refresh == ["0; url=../m-1/index.html"]
+    full = atlas.catalog
+    criteria = {"deletion": full.criteria["deletion"].model_copy(update={"formerly": ("deleting",)})}
+    assert list(pages.moved(atlas._replace(catalog=full._replace(methods={}, criteria=criteria)), site)) == [
+        "criteria/deleting/"
+    ]
 
 
 def test_relations_show_in_both_directions() -> None:
@@ -375,7 +401,7 @@ def test_a_method_page_holds_the_entry() -> None:
 def test_an_entry_without_code_asks_for_it() -> None:
     html = pages.method_page(prepared(), "m-3", None).html
     assert "Nobody wrote it." in html
-    assert 'href="/contributing/"' in html
+    assert '<a href="/coverage/#gap-snippet">Contribute it</a>' in html
     assert "vitx run" not in html
 
 
@@ -405,18 +431,6 @@ def test_grades_are_sorted_and_ignore_methods_that_left_the_catalogue() -> None:
     assert places == sorted(places)
     assert "0.99" not in html
     assert "not defined" in html
-
-
-def test_browse_rows_carry_every_facet_of_the_form() -> None:
-    parsed = Elements(pages.browse_page(prepared(8)).html)
-    facets = {a["name"] for tag, a in parsed.tags if tag == "input" and a.get("type") == "checkbox"}
-    rows = [a for tag, a in parsed.tags if tag == "tr" and "data-family" in a]
-    assert len(rows) == 8
-    values = {(a["name"], a["value"]) for tag, a in parsed.tags if tag == "input" and "value" in a}
-    for row in rows:
-        for facet in facets:
-            for value in (row[f"data-{facet}"] or "").split():
-                assert (facet, value) in values
 
 
 def test_a_method_page_does_not_grow_with_the_catalogue() -> None:

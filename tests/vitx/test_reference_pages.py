@@ -185,3 +185,18 @@ def test_a_perspective_says_what_runs_here() -> None:
     shown = text(full)
     assert re.search(r"Runs here Method 1 Described here Method 3 , Human-Study On this site See the cost", shown)
     assert '<a href="/cost/">the cost</a>' in full
+
+
+def test_a_worked_example_has_a_page_that_its_perspective_links():
+    from vitx import catalog, pages, reference_pages
+
+    loaded = catalog.load()
+    id = next(iter(loaded.perspectives))
+    with_example = loaded.perspectives[id].model_copy(update={"snippet": "snippets/perspectives/x.py"})
+    loaded = loaded._replace(perspectives=loaded.perspectives | {id: with_example})
+    atlas = pages.prepare(loaded, {}, {}, {})
+    page = reference_pages.example_page(atlas, id, "<p>executed</p>")
+    assert page.path == f"perspectives/{id}/"
+    assert "<p>executed</p>" in page.html
+    assert f'href="/perspectives/{id}/"' in reference_pages.perspectives_page(atlas).html
+    assert catalog.runnable(loaded)[id] is with_example
