@@ -1,11 +1,13 @@
-# make site · make test · make figures · make bench: each sets up all that it needs, in .venv.
+# make site · make test · make figures · make bench: each sets up all that it needs, in .venv; make setup does that alone.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PYTHONHASHSEED := 0
 
-.PHONY: site serve test proofs figures bench bench-quick lock lint clean
+.PHONY: setup site serve test proofs figures bench bench-quick lock lint clean
+
+setup: $(READY)
 
 site: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet, which would hide warnings from --strict

@@ -30,9 +30,9 @@ for (const block of document.querySelectorAll(".vx-score-block")) {
 
   function filter() {
     const { family, category, text } = form.elements;
-    const words = vitxTable.fold(text.value).split(" ");
+    const words = vitxTable.fold(text.value);
     for (const row of methods) {
-      const named = words.every((word) => vitxTable.fold(`${name(row)} ${row.dataset.id}`).includes(word));
+      const named = vitxTable.fold(`${name(row)} ${row.dataset.id}`).includes(words);
       row.hidden = !named || (family.value && row.dataset.family !== family.value);
     }
     const hidden = heads.map((head, column) => column && category.value && head.dataset.category !== category.value);

@@ -657,8 +657,9 @@ def new(
     if title:
         work = work._replace(title=metadata.clean(title))
     paths = scaffold.new_criterion(id, work=work) if criterion else scaffold.new(id, str(family), work=work)
+    here = Path.cwd()
     for path in paths:
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}", highlight=False)
     console.print("`vitx check` lists what is left to do, with file and line", highlight=False)
 
 

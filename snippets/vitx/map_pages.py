@@ -47,6 +47,7 @@ def map_page(atlas: Atlas, by: mindmap.Axis) -> Page:
         f'<a href="/{address}"{" aria-current=page" if axis == by else ""}>{name}</a>'
         for axis, (address, name, _) in _AXES.items()
     )
+    tabs += '<a href="/timeline/">Timeline</a><a href="/lineage/">Who extends whom</a>'
     html = (
         '<div class="vx-map-head"><h1>Mind map</h1>'
         f'<nav class="vx-tabs" aria-label="Order of the mind map">{tabs}</nav></div>'

@@ -69,6 +69,8 @@ class Atlas(NamedTuple):
     grades: dict[str, dict[str, Any]]  # id -> row of results/glyph.json
     members: dict[str, list[Method]]  # subfamily -> methods
     places: dict[str, str]  # id of a method or criterion -> its address
+    measured: dict[tuple[str, str], list[dict[str, Any]]]  # (name of a result, method) -> its rows
+    ranks: dict[str, int]  # method -> its place among the methods of its subfamily
     reads: Mapping[str, Sequence[str]] = {}  # criterion -> names of the quantities that its snippet reads
 
 
@@ -96,6 +98,10 @@ def prepare(
     proofs: dict[str, list[dict[str, Any]]] = {}
     for row in results.get("proof", {}).get("rows", ()):
         proofs.setdefault(row["method"], []).append(row)
+    measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name in ("cost", "differences", "pruned"):
+        for row in results.get(name, {}).get("rows", ()):
+            measured.setdefault((name, row["method"]), []).append(row)
     return Atlas(
         catalog,
         results,
@@ -110,6 +116,8 @@ def prepare(
         {id: f"/methods/{id}/" for id in catalog.methods}
         | {id: f"/criteria/{id}/" for id in catalog.criteria}
         | {id: f"/perspectives/{id}/" for id, one in catalog.perspectives.items() if one.snippet},
+        measured,
+        {method.id: rank for below in members.values() for rank, method in enumerate(below)},
     )
 
 
@@ -170,15 +178,20 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
+def rows_of(atlas: Atlas, name: str, ids: Iterable[str] | None = None) -> Sequence[dict[str, Any]]:
+    """Rows of one result, of all methods or of ``ids``; a page of one method does not read those of the others."""
+    if ids is None:
+        return atlas.results.get(name, {}).get("rows", ())
+    return [row for id in ids for row in atlas.measured.get((name, id), ())]
+
+
 def grade_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
     """Measured localisation in the glyph world, for ``ids`` (all when None), best first, beside the baselines."""
     if not atlas.grades:
         return '<p class="vx-missing">Not measured yet.</p>'
-    wanted = None if ids is None else {*ids, *BASELINES}
+    wanted = atlas.grades if ids is None else dict.fromkeys([*ids, *BASELINES])
     rows = [
-        row
-        for id, row in atlas.grades.items()
-        if (wanted is None or id in wanted) and (id in BASELINES or id in atlas.catalog.methods)
+        atlas.grades[id] for id in wanted if id in atlas.grades and (id in BASELINES or id in atlas.catalog.methods)
     ]
     if all(row["method"] in BASELINES for row in rows):
         return '<p class="vx-missing">Not measured yet.</p>'
@@ -256,8 +269,7 @@ def proof_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
 def differences_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
     """Every difference found between a paper and its official code, with its measured effect."""
     measured = {
-        (row["method"], repr(sorted(row["options"].items()))): row
-        for row in atlas.results.get("differences", {}).get("rows", ())
+        (row["method"], repr(sorted(row["options"].items()))): row for row in rows_of(atlas, "differences", ids)
     }
 
     def effect(id: str, difference: Difference) -> str:
@@ -290,12 +302,11 @@ def differences_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
 
 def cost_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
     """Measured cost of methods, beside the same methods in other libraries."""
-    measured = atlas.results.get("cost", {}).get("rows", ())
-    wanted = atlas.catalog.methods if ids is None else set(ids)
+    measured = rows_of(atlas, "cost", ids)
     rows = []
     for row in measured:
         id = row["method"]
-        if id not in wanted or id not in atlas.catalog.methods:
+        if id not in atlas.catalog.methods:
             continue
         options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
         by = escape(row["by"]) + (f"<br><small>{escape(options)}</small>" if options else "")
@@ -444,7 +455,6 @@ def balance_figures(atlas: Atlas) -> str:
 
 def pruned_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
     """Accuracy, operations, time and evidence of pruned models at every measured setting."""
-    wanted = atlas.catalog.methods if ids is None else set(ids)
     rows = [
         (
             method_link(atlas, row["method"]),
@@ -455,8 +465,8 @@ def pruned_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
             *(number(row[name]) if name in row else "" for name in ("tokens", "precision", "recall")),
             number(row["agreement"]),
         )
-        for row in atlas.results.get("pruned", {}).get("rows", ())
-        if row["method"] in wanted and row["method"] in atlas.catalog.methods
+        for row in rows_of(atlas, "pruned", ids)
+        if row["method"] in atlas.catalog.methods
     ]
     if not rows:
         return '<p class="vx-missing">Not measured yet.</p>'
@@ -554,13 +564,11 @@ def proof(atlas: Atlas, id: str) -> str:
 
 def relations(atlas: Atlas, entry: Method | Criterion) -> str:
     """Links to related entries, in both directions."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[str, None]] = {}  # name -> ids in order, each once
     for relation in entry.relations:
-        groups.setdefault(FORWARD[relation.type], []).append(relation.id)
+        groups.setdefault(FORWARD[relation.type], {})[relation.id] = None
     for kind, id in atlas.incoming.get(entry.id, ()):
-        ids = groups.setdefault(BACKWARD[kind], [])
-        if id not in ids:
-            ids.append(id)
+        groups.setdefault(BACKWARD[kind], {})[id] = None
     if not groups:
         return "<p>No relation to another entry is recorded.</p>"
     entries = ((name, ", ".join(entry_link(atlas, id) for id in ids)) for name, ids in groups.items())
@@ -632,7 +640,7 @@ def _rail(atlas: Atlas, method: Method) -> str:
         below = ""
         if term.id == method.subfamily:
             siblings = atlas.members[term.id]
-            here = siblings.index(method)
+            here = atlas.ranks[method.id]
             near = siblings[max(0, here - NEIGHBOURS) : here + NEIGHBOURS + 1]
             below = "".join(
                 f'<li><a href="/methods/{one.id}/"{" aria-current=page" if one is method else ""}>'
@@ -687,13 +695,13 @@ def method_page(atlas: Atlas, id: str, code: str | None, figure: Figure | None =
                 '<p>Where it differs from the paper. <a href="/official-code/">All methods</a>.</p>',
                 differences_table(atlas, [id]),
             ]
-        if any(row["method"] == id for row in atlas.results.get("cost", {}).get("rows", ())):
+        if ("cost", id) in atlas.measured:
             parts += [
                 heading(2, "cost", "Cost"),
                 '<p>Beside one plain forward pass. <a href="/cost/">All methods</a>.</p>',
                 cost_table(atlas, [id]),
             ]
-        if any(row["method"] == id for row in atlas.results.get("pruned", {}).get("rows", ())):
+        if ("pruned", id) in atlas.measured:
             parts += [
                 heading(2, "pruned", "What it keeps and saves"),
                 '<p>On glyph scenes, beside the full model. <a href="/pruning/">All methods</a>.</p>',

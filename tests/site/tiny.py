@@ -48,7 +48,7 @@ def _terms(nasty: str, *ids: str) -> tuple[Term, ...]:
         Term(
             id=id,
             label=id.title() + nasty,
-            label_zh="中" + nasty,
+            label_zh="中" + id + nasty,
             order=place,
             definition="About " + id + nasty,
             definition_zh="关于" + nasty,

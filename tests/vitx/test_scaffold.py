@@ -1,12 +1,16 @@
 """A new method starts from skeletons that are sound but for the TODOs that check lists; nothing is ever overwritten."""
 
 import importlib.util
+import math
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import vitx
 from vitx import ATLAS, catalog, scaffold
 from vitx.metadata import Work
 
@@ -19,6 +23,15 @@ def root(tmp_path: Path) -> Path:
     shutil.copy(ATLAS / "catalog" / "taxonomy.yml", root)
     (tmp_path / "tests").mkdir()
     return root
+
+
+def module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"skeleton_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def files(root: Path) -> set[str]:
@@ -69,6 +82,39 @@ def test_the_skeletons_are_formatted(root, write):
     assert subprocess.run([sys.executable, "-m", "ruff", "check", "--ignore", "E501", *configured]).returncode == 0
 
 
+def blocks_of_the_page() -> dict[str, str]:
+    """The files that docs/contributing.md shows, by name."""
+    page = (ATLAS / "docs" / "contributing.md").read_text(encoding="utf-8")
+    return dict(re.findall(r'^```[a-z]+ title="([^"]+)"\n(.*?)^```$', page, re.MULTILINE | re.DOTALL))
+
+
+def test_the_walk_of_the_contributors_page(root, monkeypatch):
+    """Its command writes the files that it shows; with what it shows in them the check is clean and the tests pass."""
+    (root / "methods" / "attention").mkdir(parents=True)
+    (root.parent / "snippets" / "attention").mkdir(parents=True)
+    for name in ("catalog/methods/attention/raw-attention.yml", "snippets/attention/raw_attention.py"):
+        shutil.copy(ATLAS / name, root.parent / name)
+    shown = blocks_of_the_page()
+    paths = scaffold.new("last-layer-norm", "attention", root, Work(title="Last Layers Know"))
+    assert [path.relative_to(root.parent).as_posix() for path in paths] == list(shown)
+    for path in paths:
+        assert len(catalog.check(root)) > 0
+        path.write_text(shown[path.relative_to(root.parent).as_posix()], encoding="utf-8")
+    assert [line for line in catalog.check(root) if "raw" not in line] == []
+
+    explain = module(paths[1]).explain
+    real = vitx.load
+    monkeypatch.setattr(vitx, "load", lambda id: explain if id == "last-layer-norm" else real(id))
+
+    def proof(method, check, value, *, at_most=math.inf, at_least=-math.inf, kind, oracle=""):
+        assert at_least <= value <= at_most, check
+
+    tests = [test for name, test in vars(module(paths[2])).items() if name.startswith("test_")]
+    assert len(tests) == 3
+    for test in tests:
+        test(proof)
+
+
 def test_check_is_clean_once_the_todos_are_done(root):
     for path in [*scaffold.new("my-method", "attention", root), *scaffold.new_criterion("my-criterion", root)]:
         path.write_text(path.read_text(encoding="utf-8").replace(catalog.TODO, "done:"), encoding="utf-8")
@@ -79,20 +125,13 @@ def test_the_skeleton_runs(root):
     torch = pytest.importorskip("torch")
     timm = pytest.importorskip("timm")
     path = scaffold.new("my-method", "attention", root)[1]
-    spec = importlib.util.spec_from_file_location("my_method_skeleton", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3).eval()
-    relevance = module.explain(model, torch.randn(2, 3, 32, 32))
+    relevance = module(path).explain(model, torch.randn(2, 3, 32, 32))
     assert relevance.shape == (2, 2, 2)
     assert (relevance > 0).all()
-    path = scaffold.new_criterion("my-criterion", root)[1]
-    names: dict = {}
-    exec(compile(path.read_text(), path, "exec"), names | {"__name__": "skeleton"}, names)
-    assert torch.allclose(names["score"](torch.ones(2, 3, 4)), torch.full((2,), 1 / 12))
+    score = module(scaffold.new_criterion("my-criterion", root)[1]).score
+    assert torch.allclose(score(torch.ones(2, 3, 4)), torch.full((2,), 1 / 12))
 
 
 @pytest.mark.parametrize(
