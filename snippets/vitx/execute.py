@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import symtable
 import threading
 from collections import Counter
 from collections.abc import Iterable
@@ -115,25 +116,42 @@ def _uses(
 
     ``unused``: count imports that nothing in the node uses, too; a module of which no attribute is named counts whole.
     """
-    imports = imports | _kit_imports(node)
+    inside = _kit_imports(node)
+    imports = imports | inside
+    known = _taken_from_module(node) | set(inside)
     uses: set[tuple[str, str]] = set()
     named, attributes = set(), set()
     for one in ast.walk(node):
         if (
             isinstance(one, ast.Attribute)
             and isinstance(one.value, ast.Name)
+            and one.value.id in known
             and imports.get(one.value.id, ("", "."))[1] == ""
         ):
             uses.add((imports[one.value.id][0], one.attr))
             attributes.add(id(one.value))
             named.add(one.value.id)
     for one in ast.walk(node):
-        if isinstance(one, ast.Name) and id(one) not in attributes:
+        if isinstance(one, ast.Name) and one.id in known and id(one) not in attributes:
             named.add(one.id)
             uses.add(imports.get(one.id, (module, one.id)))
     if unused:
         uses |= {target for name, target in imports.items() if name not in named}
     return {(where, name) for where, name in uses if where}
+
+
+def _taken_from_module(node: ast.AST) -> set[str]:
+    """Names that a node takes from its module: a local variable is no use of the function that shares its name."""
+    found: set[str] = set()
+    tables = [symtable.symtable(ast.unparse(node), "piece", "exec")]
+    while tables:
+        table = tables.pop()
+        outermost = table.get_type() == "module"
+        for name in table.get_symbols():
+            if name.is_global() or (outermost and name.is_referenced()):
+                found.add(name.get_name())
+        tables += table.get_children()
+    return found
 
 
 def key(*parts: str | Path, source: str = "") -> str:

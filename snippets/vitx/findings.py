@@ -109,7 +109,7 @@ def _chance(atlas: Atlas, data: str, rows: dict[tuple[str, str], Any]) -> str:
     ]
     few = [id for id in order if len(like[id]) <= 1]
     said = f"<p>Better than the random map on all of these criteria but one at most: {_links(atlas, sorted(few))}.</p>"
-    heads = ("Method", "Not shown better than random", "By")
+    heads = ("Method", "Not shown better than random", "Criteria")
     shown = table(heads, lines, "Methods like chance", "vx-findings") if lines else ""
     return (
         "<p><strong>No better than random</strong> on more than a quarter of these criteria (one-sided Wilcoxon test "

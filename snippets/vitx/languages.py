@@ -8,7 +8,6 @@ any text. Prose that has no translation stays as it is and is marked ``lang="en"
 import json
 import posixpath
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from html import escape, unescape
 from typing import NamedTuple
@@ -41,7 +40,6 @@ class Words(NamedTuple):
     phrases: dict[str, Parts]  # English, each placeholder a hole
     patterns: tuple[tuple[re.Pattern[str], Parts], ...]  # those with {text}
     any_pattern: re.Pattern[str]
-    starts: list[str]  # the phrases sorted, to find one by its beginning
 
 
 def compiled(phrases: Mapping[str, str], literal: Mapping[str, str] = {}) -> Words:
@@ -62,7 +60,6 @@ def compiled(phrases: Mapping[str, str], literal: Mapping[str, str] = {}) -> Wor
         exact,
         tuple((re.compile(pattern), patterns[pattern]) for pattern in order),
         re.compile("|".join(order) or "(?!)"),
-        sorted(exact),
     )
 
 
@@ -132,12 +129,6 @@ def _text(text: str, words: Words, named: bool = True) -> str | None:
     found = _find(key, words, named)
     if found is not None:
         return "".join(map(str, found))
-    if key.endswith("…") and len(key) > 3:  # a label of the mind map, cut short
-        start = key[:-1].rstrip(" (-,")
-        place = bisect_left(words.starts, start)
-        nearest = words.starts[place : place + 2]
-        fitting = {words.phrases[one] for one in nearest if one.startswith(start) and _HOLE not in one}
-        return "".join(map(str, fitting.pop())) if len(fitting) == 1 else None
     if key.endswith(":"):
         before = _find(key[:-1], words, named)
         return None if before is None else "".join(map(str, before)) + "："

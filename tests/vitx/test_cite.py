@@ -116,6 +116,13 @@ def test_bibtex_is_ascii_for_european_names():
     assert r"title = {Na{\"{\i}}ve}" in cite.bibtex([method(title="Naïve")])
 
 
+def test_signs_that_latex_knows_only_in_formulas_become_formulas():
+    text = cite.bibtex([method(title="β-VAE ≠ Ωmega")])
+    assert r"title = {{{$\beta$}-VAE} {$\neq$} {$\Omega$}mega}" in text
+    everything = cite.bibtex(catalog.load().methods.values())
+    assert not [sign for sign in everything if ord(sign) > 0xFF and not sign.isalpha()], "LaTeX would stop at it"
+
+
 def test_capitals_that_styles_would_lower_are_braced():
     ((_, _, fields),) = read_bibtex(
         cite.bibtex([method(title="ViT-CX: Causal Patches of 16x16 in Vision Transformers")])

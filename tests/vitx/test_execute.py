@@ -26,6 +26,8 @@ def test_what_a_source_uses_of_the_kit(copy):
         "def near():\n    return LIMIT\n"
         "def other():\n    return far() + two.shallow()\n"
         "def late():\n    from vitx import two as second\n    return second\n"
+        "def local(near):\n    two = [other for other in near]\n"
+        "    def inner():\n        return two, LIMIT\n    return inner\n"
     )
     (kit / "two.py").write_text(
         "import math\nprint('always')\ndef deep():\n    return shallow()\n"
@@ -42,6 +44,7 @@ def test_what_a_source_uses_of_the_kit(copy):
     assert used("from vitx import two") == whole, "nothing of it is named: all of it counts"
     assert used("from vitx import two\nf(two)") == whole
     assert used("from vitx.one import late") == {"one.late"} | whole
+    assert used("from vitx.one import local") == {"one.local", "one.LIMIT"}, "arguments and variables share names only"
     assert used("import torch") == set()
 
 

@@ -312,6 +312,8 @@ def test_internal_links_lead_to_pages() -> None:
         "benchmark/",
         "reported/",
         "browse/",
+        "timeline/",
+        "lineage/",
     )
     addresses = {"/" + page.path for page in made} | {"/" + path for path in written}
     for page in made:
