@@ -410,7 +410,7 @@ def bench(
     data: Annotated[str, typer.Option(help="glyph, caltech101, oxford-pet, imagenet-s or folder.")] = "glyph",
     root: Annotated[Path | None, typer.Option(help="Folder of the data, for those who have it.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
-    scenes: Annotated[int | None, typer.Option(min=2, help="Pictures; 128 glyph scenes, 100 others.")] = None,
+    scenes: Annotated[int | None, typer.Option(min=2, help="Pictures; 128 glyph scenes, 120 others.")] = None,
     masking: Annotated[Masking | None, typer.Option(help="How patches are hidden; drop if left out.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few glyph scenes and coarse settings, in minutes.")] = False,
     engine: Annotated[Engine, typer.Option(help="Processes of this machine, or Ray.")] = Engine.local,
