@@ -12,7 +12,10 @@ from vitx import ATLAS, catalog, criteria_pages, pages
 from vitx.schema import Catalog
 
 tiny = runpy.run_path(str(Path(__file__).parent / "site" / "tiny.py"))
-_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+# Quotes, too, what is text to PyYAML and a truth value or a number to others: the letters, 1e100.
+_Dumper: Any = type("_Dumper", (getattr(yaml, "CSafeDumper", yaml.SafeDumper),), {})
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("[yYnN]$"), list("yYnN"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile("[-0-9][-+.0-9eE]*$"), list("-0123456789"))
 _STUB = {"method": "def explain(model, images, target=None): ...\n", "criterion": "def score(relevance): ...\n"}
 _FIELDS = {  # kind of entry -> field of the catalogue
     "method": "methods",
@@ -25,9 +28,9 @@ _FIELDS = {  # kind of entry -> field of the catalogue
 
 
 def dumped(kind: str, data: dict[str, Any]) -> str:
-    """One entry, or the taxonomy, as the text of its file. Text is quoted, with escapes for what cannot be printed."""
+    """One entry, or the taxonomy, as the text of its file: quoted where need be, with escapes for odd characters."""
     depth = 0 if kind == "taxonomy" else catalog.PLACES[kind].folder.count("/")
-    body = yaml.dump(data, Dumper=_DUMPER, sort_keys=False, default_style=None, width=1000, allow_unicode=True)
+    body = yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_style=None, width=1000, allow_unicode=True)
     return f"{catalog.schema_line(kind, depth)}\n{body}"
 
 

@@ -40,11 +40,13 @@ def result(atlas: Atlas, data: str) -> Mapping[str, Any]:
 
 def rows_of(atlas: Atlas, data: str) -> list[dict[str, Any]]:
     """Measured rows of methods, baselines and criteria that are in the catalogue."""
-    methods, criteria = {*atlas.catalog.methods, *BASELINES}, atlas.catalog.criteria
+    methods, criteria = atlas.catalog.methods, atlas.catalog.criteria
     return [
         row
         for row in result(atlas, data).get("rows", ())
-        if row["method"] in methods and row["criterion"] in criteria and row["mean"] is not None
+        if (row["method"] in methods or row["method"] in BASELINES)
+        and row["criterion"] in criteria
+        and row["mean"] is not None
     ]
 
 
@@ -235,9 +237,9 @@ def ranks(atlas: Atlas, data: str) -> str:
 
 def _ranks(atlas: Atlas, data: str, criterion: str) -> str:
     """The critical-difference diagram of one criterion over pictures, or over criteria."""
-    known = {*atlas.catalog.methods, *BASELINES}
     found = [one for one in result(atlas, data).get("ranks", ()) if one["criterion"] == criterion]
-    mean_ranks = {id: rank for id, rank in found[0]["mean_ranks"].items() if id in known} if found else {}
+    every = found[0]["mean_ranks"] if found else {}
+    mean_ranks = {id: every[id] for id in every if id in atlas.catalog.methods or id in BASELINES}
     if not mean_ranks:
         return ""
     whole = criterion == "all"

@@ -199,7 +199,7 @@ def _author(name: str) -> Node:
 
 def entry(atlas: Atlas, id: str, site: str, description: str) -> list[Node]:
     """The page of a method or criterion, its paper and its code; the page and the code are about the paper."""
-    one = {**atlas.catalog.methods, **atlas.catalog.criteria}[id]
+    one = atlas.catalog.methods.get(id) or atlas.catalog.criteria[id]
     address = _address(site, atlas.places[id])
     work = paper(one.paper) if one.paper else None
     about = [{"@id": work["@id"]}] if work else []

@@ -343,8 +343,8 @@ def cost_table(atlas: Atlas, ids: Iterable[str] | None = None) -> str:
     done = {row["method"] for row in measured}
     missing = [
         method_link(atlas, method.id)
-        for method in atlas.catalog.methods.values()
-        if ids is None and method.snippet and method.model == "glyph" and method.id not in done
+        for method in (atlas.catalog.methods.values() if ids is None else ())
+        if method.snippet and method.model == "glyph" and method.id not in done
     ]
     rest = f"<p>Not measured yet: {', '.join(missing)}.</p>" if missing else ""
     return table(heads, rows, "Cost of methods", "vx-cost") + rest + provenance(atlas.results["cost"])
@@ -617,8 +617,9 @@ def reported(atlas: Atlas, method: Method) -> str:
         (reported_metric(atlas, one), reported_value(one), escape(one.model), escape(one.data), reported_where(one))
         for one in method.reported
     ]
-    asked = {one.criterion for one in method.reported} & measured_criteria(atlas)
-    ours = ", ".join(entry_link(atlas, id) for id in atlas.catalog.criteria if id in asked)
+    measured = measured_criteria(atlas)
+    asked = dict.fromkeys(one.criterion for one in method.reported if one.criterion in measured)
+    ours = ", ".join(entry_link(atlas, id) for id in asked if id)
     return (
         heading(2, "reported", "What the paper reports")
         + "<p>Copied, not measured here; a row says so where others than the authors gave the number. "

@@ -133,6 +133,26 @@ def test_bibtexparser_reads_the_whole_catalogue(files, entries):
             assert cite.paper_key(published[id]) == cite.paper_key(published[item["ID"]])
 
 
+def test_an_entry_alone_and_a_selection_are_those_of_the_whole(files, entries, csl):
+    whole = {item["ID"]: item for item in parsed(files["catalog.bib"])}
+    described = {item["id"]: item for item in json.loads(files["catalog.csl.json"])}
+    published = [entry for entry in entries.values() if entry.paper]
+    for entry in published:
+        text = cite.csl_json([entry])
+        csl.validate(json.loads(text))
+        (item,), (about,) = parsed(cite.bibtex([entry])), json.loads(text)
+        assert (item["ID"], about["id"]) == (entry.id, entry.id)
+        if entry.id in whole:  # else an entry before it has the same paper
+            assert item == {name: value for name, value in whole[entry.id].items() if name != "ids"}
+            assert about == described[entry.id]
+    chosen = published[::-7]
+    found, about = parsed(cite.bibtex(chosen)), json.loads(cite.csl_json(chosen))
+    csl.validate(about)
+    assert [item["ID"] for item in found] == [item["id"] for item in about]
+    others = [id for item in found for id in item.get("ids", "").split(", ") if id]
+    assert sorted([*(item["ID"] for item in found), *others]) == sorted(entry.id for entry in chosen)
+
+
 def test_bibtexparser_reads_unicode_names(loaded):
     names = ["Müller, Žaneta", "Erdős, Gaël", "Łoś, François", "Bjørn, Åse", "Ñuñez, Íñigo", "张, 伟", "Nguyễn, Thị"]
     (item,) = parsed(cite.bibtex([changed(loaded.methods["grad-cam"], authors=names)]))
